@@ -55,7 +55,9 @@ class TrainConfig(Frozen):
 class TrackingConfig(Frozen):
     """Where runs and models are recorded."""
 
-    uri: str = Field(default="sqlite:///mlflow.db", description="MLflow's tracking and registry address")
+    uri: str | None = Field(
+        default=None, description="MLflow's address; by default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db"
+    )
     registered_model: str = Field(min_length=1, description="name in the model registry")
 
 

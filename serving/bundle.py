@@ -1,0 +1,166 @@
+"""The bundle: a trained model as a folder of plain files, whole or refused.
+
+manifest.json       format, model configuration, schema and pipeline digests, metrics, run id, SHA-256 of every other file
+manifest.sha256     SHA-256 of manifest.json
+schema.yaml         the schema that the model was trained with
+pipeline/           the fitted encoders
+members/00/         network.safetensors, and embeddings/ with one table per field, numbered in the order of the fields
+golden.json         synthetic rows with the scores they must get
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from features.errors import InputError
+from features.files import folder_written_whole, hash_tree, read_json, sha256_file, write_json
+from features.pipeline import FeaturePipeline
+from features.schema import Schema, load_schema
+from features.validation import validate
+from masknet.config import MaskNetConfig
+from masknet.model import MaskNet, Table
+from serving.golden import GOLDEN_FILE, check_golden, make_golden
+from serving.scorer import Scorer
+
+FORMAT = 1
+_MANIFEST, _SEAL = "manifest.json", "manifest.sha256"
+_KEYS = {"format", "name", "model", "pipeline_digest", "run_id", "metrics", "files"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: verified files, and a scorer that has given the golden rows their scores."""
+
+    path: Path
+    manifest: dict[str, Any]
+    schema: Schema
+    scorer: Scorer
+
+    @property
+    def name(self) -> str:
+        """The registered model's name."""
+        return str(self.manifest["name"])
+
+    @property
+    def pipeline(self) -> FeaturePipeline:
+        return self.scorer.pipeline
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of manifest.json, and through it of everything."""
+        return sha256_file(self.path / _MANIFEST)
+
+
+def tables_of(pipeline: FeaturePipeline) -> tuple[Table, ...]:
+    """The embedding tables that a pipeline's fields need, in the order of F."""
+    return tuple(Table(name=f.name, rows=f.encoder.num_ids, pooling=f.pooling) for f in pipeline.fields)
+
+
+def write_bundle(
+    out: Path,
+    *,
+    name: str,
+    config: MaskNetConfig,
+    schema: Schema,
+    pipeline: FeaturePipeline,
+    network: dict[str, torch.Tensor],
+    tables: dict[str, torch.Tensor],
+    run_id: str | None,
+    evaluate: Any,
+) -> Bundle:
+    """Write a bundle that appears only when it is whole, and open it.
+
+    Args:
+        out: a folder that does not exist yet.
+        name: the registered model's name.
+        config: shape of the network.
+        schema: the schema of the training data.
+        pipeline: the fitted encoders.
+        network: the network's state.
+        tables: whole embedding tables by field.
+        run_id: the MLflow run that trained it, or None.
+        evaluate: called with the bundle's scorer; returns the metrics to record, by split.
+    """
+    with folder_written_whole(out) as folder:
+        (folder / "schema.yaml").write_text(
+            yaml.safe_dump(schema.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        )
+        pipeline.save(folder / "pipeline")
+        member = folder / "members" / "00"
+        (member / "embeddings").mkdir(parents=True)
+        save_file(network, member / "network.safetensors")
+        for index, field in enumerate(pipeline.fields):
+            save_file({"weight": tables[field.name]}, _table_file(member, index), metadata={"field": field.name})
+        scorer = _load_scorer(folder, config, pipeline)
+        write_json(folder / GOLDEN_FILE, make_golden(scorer))
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "model": config.model_dump(mode="json"),
+            "pipeline_digest": pipeline.digest,
+            "run_id": run_id,
+            "metrics": evaluate(scorer),
+            "files": hash_tree(folder),
+        }
+        write_json(folder / _MANIFEST, manifest)
+        (folder / _SEAL).write_text(sha256_file(folder / _MANIFEST))
+    return Bundle(out, manifest, schema, scorer)
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Open a bundle after checking every file against its digest and the golden rows against their scores.
+
+    Raises:
+        InputError: there is no bundle, a file is missing or changed, the format is newer than this program, or a golden
+            row gets another score; the message names the file or the row.
+    """
+    manifest = _verified_manifest(path)
+    schema = load_schema(path / "schema.yaml")
+    pipeline = FeaturePipeline.load(path / "pipeline")
+    if pipeline.digest != manifest["pipeline_digest"]:
+        raise InputError(f"bundle {path} is damaged: pipeline/ is not the one in manifest.json")
+    config = validate(MaskNetConfig, manifest["model"], f"bundle {path / _MANIFEST}")
+    scorer = _load_scorer(path, config, pipeline)
+    check_golden(scorer, read_json(path / GOLDEN_FILE, "bundle"), str(path))
+    return Bundle(path, manifest, schema, scorer)
+
+
+def _verified_manifest(path: Path) -> dict[str, Any]:
+    if not (path / _MANIFEST).is_file():
+        raise InputError(f"{path} is no bundle: {_MANIFEST} is missing")
+    if not (path / _SEAL).is_file() or (path / _SEAL).read_bytes() != sha256_file(path / _MANIFEST).encode():
+        raise InputError(f"bundle {path} is damaged: {_MANIFEST} does not match {_SEAL}")
+    manifest = read_json(path / _MANIFEST, "bundle")
+    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
+        raise InputError(f"bundle {path} is damaged: {_MANIFEST} lacks keys")
+    if manifest["format"] > FORMAT:
+        raise InputError(f"bundle {path} has format {manifest['format']}; this program reads up to {FORMAT}: update it")
+    for file, digest in manifest["files"].items():
+        if not (path / file).is_file():
+            raise InputError(f"bundle {path} is damaged: {file} is missing")
+        if sha256_file(path / file) != digest:
+            raise InputError(f"bundle {path} is damaged: the SHA-256 of {file} is not the one in {_MANIFEST}")
+    return manifest
+
+
+def _table_file(member: Path, index: int) -> Path:
+    return member / "embeddings" / f"{index:03d}.safetensors"  # field names may hold what file names cannot
+
+
+def _load_scorer(path: Path, config: MaskNetConfig, pipeline: FeaturePipeline) -> Scorer:
+    member = path / "members" / "00"
+    model = MaskNet(config, tables_of(pipeline))
+    try:
+        state = {f"network.{key}": value for key, value in load_file(member / "network.safetensors").items()}
+        for index, field in enumerate(pipeline.fields):
+            weight = load_file(_table_file(member, index))["weight"]
+            state[f"embeddings.embedding_bags.{field.name}.weight"] = weight
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise InputError(f"bundle {path}: the weights do not fit the model: {' '.join(str(error).split())}") from None
+    return Scorer(pipeline, model)

@@ -1,0 +1,77 @@
+"""The ranking engine: scores and rankings from a bundle, without any notion of HTTP."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from features.columns import Rows, as_table
+from features.errors import InputError
+from features.schema import Schema
+from serving.bundle import Bundle, load_bundle
+from serving.models import locate
+from serving.scorer import ScoreN
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate's place in the request, and its score."""
+
+    index: int
+    score: float
+
+
+class RankingEngine:
+    """A loaded, verified model that ranks candidates and scores rows."""
+
+    def __init__(self, bundle: Bundle, version: str) -> None:
+        self.bundle = bundle
+        self.version = version
+
+    @classmethod
+    def load(cls, model: str) -> "RankingEngine":
+        """Locate and verify a bundle; see `serving.models.locate` and `serving.bundle.load_bundle` for the errors."""
+        located = locate(model)
+        bundle = load_bundle(located.path)
+        return cls(bundle, located.version or bundle.digest[:12])
+
+    @property
+    def name(self) -> str:
+        """The registered model's name."""
+        return self.bundle.name
+
+    @property
+    def schema(self) -> Schema:
+        return self.bundle.schema
+
+    def predict(self, rows: Rows) -> ScoreN:
+        """Scores [N] of rows that have every field."""
+        return self.bundle.scorer.score(rows)
+
+    def rank(self, context: Mapping[str, Any], candidates: Rows, top_k: int) -> list[Ranked]:
+        """The best `top_k` candidates, best first, equal scores in the order of the request.
+
+        Args:
+            context: one value per field that all candidates share.
+            candidates: the other fields, a column or a row each.
+            top_k: how many to return, at least 1.
+
+        Raises:
+            InputError: a field is given twice or not at all, or a value cannot be what its field says.
+        """
+        table = as_table(candidates)
+        twice = [name for name in context if name in table.column_names]
+        if twice:
+            raise InputError(f"field {twice[0]!r} is given both in the context and per candidate")
+        for name, value in context.items():
+            table = table.append_column(name, _repeat(value, table.num_rows))
+        score_N = self.predict(table)
+        best = np.argsort(-score_N, kind="stable")[:top_k]
+        return [Ranked(int(index), float(score_N[index])) for index in best]
+
+
+def _repeat(value: Any, times: int) -> pa.Array:
+    one: Sequence[Any] = [value]
+    return pa.array(one).take(pa.array(np.zeros(times, np.int64)))

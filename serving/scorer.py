@@ -1,0 +1,36 @@
+"""The one scorer: every score that is published, online or offline, comes from here."""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from features.batches import EncodedRows
+from features.columns import Rows
+from features.pipeline import FeaturePipeline
+from masknet.model import MaskNet
+
+ScoreN = npt.NDArray[np.float32]
+CHUNK = 8192  # rows at once: bounds memory; a row's score does not depend on it beyond fp32 rounding
+
+
+class Scorer:
+    """Probability of a click, σ(logit) in fp32, for raw or encoded rows."""
+
+    def __init__(self, pipeline: FeaturePipeline, model: MaskNet) -> None:
+        self.pipeline = pipeline
+        self._model = model.eval()
+
+    def score(self, rows: Rows) -> ScoreN:
+        """Scores [N] of raw rows; InputError names the field and row that cannot be encoded."""
+        return self.score_encoded(self.pipeline.encode(rows))
+
+    def score_encoded(self, encoded: pa.Table) -> ScoreN:
+        """Scores [N] of rows that this scorer's pipeline has encoded."""
+        rows = EncodedRows(encoded, self.pipeline.names)
+        score_N = np.empty(rows.num_rows, np.float32)
+        with torch.inference_mode():
+            for start in range(0, rows.num_rows, CHUNK):
+                row_B = np.arange(start, min(start + CHUNK, rows.num_rows))
+                score_N[row_B] = self._model(rows.gather(row_B)).sigmoid().numpy()
+        return score_N

@@ -1,0 +1,231 @@
+"""The command line. It only wires: a command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+from rich.console import Console
+
+from features.errors import InputError
+
+app = typer.Typer(
+    name="masknet",
+    help="Click-through-rate ranking with MaskNet: prepare rows, train, evaluate, promote, score and serve.",
+    epilog="MODEL is a bundle's folder, models:/name@alias, models:/name/3, or an MLflow run id. "
+    "MLflow is found through MLFLOW_TRACKING_URI (default sqlite:///mlflow.db).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Bundle folder, models:/name@alias, models:/name/3 or run id.")]
+MaxBadRows = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Largest share of bad rows that is set aside rather than refused.")
+]
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    from training.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(f"masknet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _answer(as_json: bool, result: dict[str, Any], text: str) -> None:
+    sys.stdout.write((json.dumps(result, ensure_ascii=False) if as_json else text) + "\n")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and report; made anew.")] = Path("runs/demo"),
+) -> None:
+    """The whole way on real data: MovieLens-100k from raw rows to a ranked list over HTTP, in under two minutes."""
+    from training.demo import run_demo
+    from training.stack import check_stack
+
+    check_stack()
+    run_demo(out, Console())
+
+
+@app.command()
+def prepare(
+    schema: Annotated[Path, typer.Argument(help="Schema file: which columns there are and what each becomes.")],
+    out: Annotated[Path, typer.Option(help="Folder of the prepared data set; must not exist yet.")],
+    input: Annotated[Optional[list[str]], typer.Option(help="Raw file, folder or glob to split with --split; repeatable.")] = None,
+    split: Annotated[Optional[str], typer.Option(help="time:0.8,0.1,0.1 or random:0.8,0.1,0.1 (train, valid, test).")] = None,
+    train: Annotated[Optional[list[str]], typer.Option(help="Raw files of the training split; repeatable.")] = None,
+    valid: Annotated[Optional[list[str]], typer.Option(help="Raw files of the validation split; repeatable.")] = None,
+    test: Annotated[Optional[list[str]], typer.Option(help="Raw files of the test split; repeatable.")] = None,
+    max_bad_rows: MaxBadRows = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Turn raw click logs (CSV, TSV, Parquet; plain, gzip or zstd) into a prepared data set.
+
+    Give all rows with --input and --split, or the three splits with --train, --valid and --test. Encoders are fitted on
+    the training split only. Rows that break a rule go to OUT/quarantine with file, line and reason.
+
+        masknet prepare features/schemas/movielens.yaml --input clicks.parquet --split time:0.8,0.1,0.1 --out data
+    """
+    from features.prepare import SplitRule
+    from features.prepare import prepare as run_prepare
+    from features.schema import load_schema
+
+    started = time.perf_counter()
+    given = {"train": train, "valid": valid, "test": test}
+    if bool(input) != bool(split) or bool(input) == any(given.values()):
+        raise InputError("give either --input with --split, or --train, --valid and --test")
+    missing = [f"--{name}" for name, files in given.items() if not files]
+    if not input and missing:
+        raise InputError(f"{', '.join(missing)} missing: every split needs rows")
+    sources = {"input": input} if input else {name: files for name, files in given.items() if files}
+    with console.status("preparing") as status:
+        done = run_prepare(
+            load_schema(schema), sources, out, split=SplitRule.parse(split) if split else None, max_bad_rows=max_bad_rows,
+            progress=status.update,
+        )  # fmt: skip
+    result = {"out": str(out), "rows": done.rows, "quarantined": done.bad_rows, "seconds": time.perf_counter() - started}
+    if not as_json:
+        from training.tables import profile_table
+
+        Console().print(profile_table(done.profile))
+    rows = ", ".join(f"{name} {count:,}" for name, count in done.rows.items())
+    _answer(as_json, result, f"{out}: {rows} rows; {done.bad_rows} set aside")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="Training configuration (YAML).")],
+    data: Annotated[Path, typer.Option(help="Prepared data set.")],
+    out: Annotated[Optional[Path], typer.Option(help="Output folder; default runs/EXPERIMENT/RUN-ID.")] = None,
+    set: Annotated[Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="Override a key: model.blocks=5. Repeatable.")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; tables are sharded over them.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train a MaskNet, write its bundle and register it under the alias `candidate`.
+
+        masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
+    """
+    from training.config import load_config
+    from training.launch import is_worker, run_processes
+    from training.stack import check_stack
+
+    check_stack()
+    loaded = load_config(config, set or [])
+    if out and (out / "bundle").exists():
+        raise InputError(f"{out / 'bundle'} exists already; choose another --out")
+    if nproc > 1 and not is_worker():
+        from features.dataset import PreparedDataset
+
+        PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
+        sys.exit(run_processes(nproc, sys.argv[1:]))
+    from training.train import train as run_train
+
+    result = run_train(loaded, data, out, console)
+    if result is not None:
+        test = result["metrics"]["test"]
+        text = f"{result['bundle']}: test auc {test['auc']:.4f}, logloss {test['logloss']:.4f}; {result['model_uri']}@candidate"
+        _answer(as_json, result, text)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[Optional[Path], typer.Option(help="Prepared data set, encoded by the model's pipeline.")] = None,
+    input: Annotated[Optional[list[str]], typer.Option(help="Raw labelled files instead; repeatable.")] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the report; default runs/evaluations/NAME-SPLIT.")] = None,
+    max_bad_rows: MaxBadRows = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on labelled rows and write an HTML report, beside the base rate and logistic regression.
+
+    The baselines need a training split, so they are there with --data and not with --input.
+
+        masknet evaluate models:/movielens-ranker@candidate --data data
+    """
+    from training.commands import run_evaluate
+    from training.tables import metrics_table
+
+    result, evaluation = run_evaluate(model, data, input or [], split, out, max_bad_rows)
+    if not as_json:
+        Console().print(metrics_table(evaluation))
+    _answer(as_json, result, f"report: {result['report']}")
+
+
+@app.command()
+def score(
+    model: Model,
+    input: Annotated[list[str], typer.Option(help="Raw file, folder or glob; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder of the scored Parquet parts; must not exist yet.")],
+    as_json: Json = False,
+) -> None:
+    """Score raw rows: every column is kept, and `score` is added.
+
+        masknet score models:/movielens-ranker@champion --input today.parquet --out scored
+    """
+    from serving.batch import score_files
+    from serving.bundle import load_bundle
+    from serving.models import locate
+    from training.stack import check_stack
+
+    check_stack()
+    started = time.perf_counter()
+    rows = score_files(load_bundle(locate(model).path), input, out)
+    _answer(as_json, {"out": str(out), "rows": rows, "seconds": time.perf_counter() - started}, f"{out}: {rows:,} rows")
+
+
+@app.command()
+def promote(
+    model: Model,
+    alias: Annotated[str, typer.Option(help="Alias to give.")] = "champion",
+    as_json: Json = False,
+) -> None:
+    """Give a registered model the alias `champion`, and record who replaced whom.
+
+        masknet promote models:/movielens-ranker@candidate
+    """
+    from training.promote import promote as run_promote
+    from training.stack import check_stack
+
+    check_stack()
+    result = run_promote(model, alias)
+    before = f", replacing {result['replaced']}" if result["replaced"] else ""
+    _answer(as_json, result, f"{result['model_uri']} is now {alias}{before}")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="See masknet --help.")] = "models:/movielens-ranker@champion",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with a copy of the model.")] = 1,
+) -> None:
+    """Serve a model over REST: POST /rank and /predict, GET /model, /readyz, /metrics and /docs.json.
+
+        masknet serve models:/movielens-ranker@champion --port 3000
+    """
+    from serving.start import start
+    from training.stack import check_stack
+
+    check_stack()
+    start(model, host=host, port=port, workers=workers)

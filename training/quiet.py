@@ -1,0 +1,29 @@
+"""Libraries' harmless start-up noise, kept away from people. The tests' list of warnings gives each one's reason."""
+
+import logging
+import os
+import warnings
+
+_NOISE = (
+    r"(?s).*Failed to import.*",  # fbgemm: parts of its CUDA build
+    r"(?s).*split_table_batched_embeddings_ops.*",  # fbgemm: deprecated module that torchrec still imports
+    r"(?s).*HeuristicalStorageReservation.*",  # torchrec planner
+    r"(?s).*broadcast_buffers.*",  # torchrec passes it to DDP
+    r"(?s).*ShardedTensor.*",  # torchrec still uses it
+    r"(?s).*torch\.jit.*",
+    r"(?s).*This API is deprecated.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Filter known warnings and lower the loggers that report nothing a user can act on."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("torchrec", "torch.fx", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")

@@ -1,0 +1,127 @@
+"""`masknet train`: from a prepared data set to a registered bundle."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+
+from features.batches import BatchLoader, Share
+from features.checks import GROUP, LABEL
+from features.dataset import PreparedDataset
+from features.files import write_json
+from features.metrics import score_metrics
+from masknet.model import MaskNet
+from serving.bundle import tables_of, write_bundle
+from serving.scorer import Scorer
+from training.config import Config, save_config
+from training.distributed import World, join_world
+from training.loop import FitResult, Observer, fit
+from training.progress import Silent, TrainingObserver
+from training.sharding import initialize_tables, shard
+from training.task import ClickTask
+from training.tracking import Run, track
+
+VALID_BATCH = 8192
+Result = dict[str, Any]
+
+
+def train(config: Config, data: Path, out: Path | None, console: Console) -> Result | None:
+    """Train, write `out` (config.yaml, bundle/, result.json), register the bundle; None on every rank but 0.
+
+    Args:
+        config: what to train.
+        data: a prepared data set.
+        out: where to write; by default runs/<experiment>/<run id>.
+        console: where a person reads along.
+    """
+    started = time.perf_counter()
+    dataset = PreparedDataset.open(data)
+    splits = {name: dataset.split(name) for name in ("train", "valid", "test")}
+    with join_world() as world, ExitStack() as stack:
+        run, observer = _reporting(config, dataset, world, console, stack)
+        fitted = _fit(config, dataset, splits, world, observer)
+        if run is None:
+            return None
+        out = out or Path("runs") / config.experiment / run.run_id
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, out / "config.yaml")
+        bundle = write_bundle(
+            out / "bundle",
+            name=config.tracking.registered_model,
+            config=config.model,
+            schema=dataset.schema,
+            pipeline=dataset.pipeline,
+            network=fitted.weights.network,
+            tables=fitted.weights.tables,
+            run_id=run.run_id,
+            evaluate=lambda scorer: _split_metrics(scorer, splits),
+        )
+        result = _result(fitted, run, out, bundle.manifest["metrics"])
+        _record(run, fitted, bundle.manifest["metrics"], out)
+        result |= {"model_uri": run.register(bundle.path), "seconds": time.perf_counter() - started}
+        write_json(out / "result.json", result)
+        return result
+
+
+def _reporting(
+    config: Config, dataset: PreparedDataset, world: World, console: Console, stack: ExitStack
+) -> tuple[Run | None, Observer]:
+    if not world.is_main:
+        return None, Silent()
+    run = stack.enter_context(track(config, {"path": str(dataset.path), **dataset.manifest}))
+    return run, stack.enter_context(TrainingObserver(run, console))
+
+
+def _fit(
+    config: Config, dataset: PreparedDataset, splits: dict[str, pa.Table], world: World, observer: Observer
+) -> FitResult:
+    share = Share(rank=world.rank, world=world.size)
+    names, seed = dataset.pipeline.names, config.train.seed
+    loaders = {
+        "train": BatchLoader(
+            splits["train"], names, batch_size=config.train.batch_size, share=share, shuffle_seed=seed
+        ),
+        "valid": BatchLoader(splits["valid"], names, batch_size=VALID_BATCH, share=share),
+    }
+    tables = tables_of(dataset.pipeline)
+    torch.manual_seed(seed)
+    task = ClickTask(MaskNet(config.model, tables, device="meta"), config.train.precision, world.device.type)
+    dmp = shard(task, tables, config.optimizer.sparse, world)
+    initialize_tables(dmp, tables, config.model.embedding_dim, seed)
+    return fit(dmp, config, loaders, world, observer)
+
+
+def _split_metrics(scorer: Scorer, splits: dict[str, pa.Table]) -> dict[str, dict[str, float | None]]:
+    """Metrics of validation and test, by the scorer that will serve the model."""
+    metrics = {}
+    for name in ("valid", "test"):
+        table = splits[name]
+        group = table[GROUP]
+        group_N = None if group.null_count == len(group) else group.to_numpy()
+        metrics[name] = score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), group_N)
+    return metrics
+
+
+def _result(fitted: FitResult, run: Run, out: Path, metrics: dict[str, Any]) -> Result:
+    return {
+        "out": str(out),
+        "run_id": run.run_id,
+        "bundle": str(out / "bundle"),
+        "metrics": metrics,
+        "epochs": len(fitted.history),
+        "best_epoch": fitted.best_epoch + 1,
+        "steps": fitted.steps,
+        "samples_per_second": fitted.samples / fitted.train_seconds,
+    }
+
+
+def _record(run: Run, fitted: FitResult, metrics: dict[str, Any], out: Path) -> None:
+    """The final numbers and the configuration, to MLflow."""
+    values = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
+    run.metrics(fitted.steps, values)
+    run.flush(fitted.steps)
+    run.text((out / "config.yaml").read_text(), "config.yaml")
