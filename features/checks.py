@@ -54,7 +54,9 @@ def check_file(raw: RawFile, file_index: int, schema: Schema) -> tuple[pa.Table,
     columns[WEIGHT] = _weights(raw.table, schema, checker)
     columns[TIME] = _times(raw.table, schema, checker)
     group = schema.group
-    columns[GROUP] = as_strings(raw.table[group].combine_chunks(), group) if group else pa.nulls(len(raw.table), "string")
+    columns[GROUP] = (
+        as_strings(raw.table[group].combine_chunks(), group) if group else pa.nulls(len(raw.table), "string")
+    )
     columns[FILE] = pa.array(np.full(raw.table.num_rows, file_index, np.int32))
     columns[LINE] = raw.line_N
     return pa.table(columns).filter(pa.array(checker.good_N)), checker.bad_rows
@@ -94,7 +96,9 @@ def _top_reasons(bad_rows: Iterable[BadRow]) -> str:
     for bad in bad_rows:
         first.setdefault(rule(bad), bad)
     top = Counter(map(rule, bad_rows)).most_common(3)
-    return "; ".join(f"{count} rows like {first[key].file}:{first[key].line} {_where(first[key])}" for key, count in top)
+    return "; ".join(
+        f"{count} rows like {first[key].file}:{first[key].line} {_where(first[key])}" for key, count in top
+    )
 
 
 def _where(bad: BadRow) -> str:

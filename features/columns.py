@@ -4,7 +4,7 @@ categorical → string, list → list<string>, numeric → double; null is missi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from features.errors import InputError
 from features.schema import CategoricalField, ListField, NumericField, Schema
 
-Rows = pa.Table | pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = pa.Table | pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 BoolN = npt.NDArray[np.bool_]
 
 

@@ -46,7 +46,9 @@ def calibration(label_N: FloatN, score_N: FloatN) -> float | None:
     return float(np.sum(score_N, dtype=np.float64)) / clicks if clicks else None
 
 
-def reliability(label_N: FloatN, score_N: FloatN, bins: int = ECE_BINS) -> tuple[FloatN, FloatN, FloatN]:
+def reliability(
+    label_N: FloatN, score_N: FloatN, bins: int = ECE_BINS
+) -> tuple[FloatN, FloatN, npt.NDArray[np.integer]]:
     """Mean score, mean label and rows of each bin; bins hold equally many rows, and equal scores share one."""
     score = score_N.astype(np.float64)
     edges = np.unique(np.quantile(score, np.arange(1, bins) / bins, method="lower"))

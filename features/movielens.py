@@ -21,10 +21,27 @@ SCHEMA = Path(str(files("features.schemas") / "movielens.yaml"))
 TITLE = "title"
 ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 _WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
-_GENRES = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-).split()
+_GENRES = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 
 
 def write_flat(path: Path) -> int:
@@ -42,7 +59,7 @@ def write_flat(path: Path) -> int:
 
 
 def _join(ratings: pl.DataFrame, users: pl.DataFrame, films: pl.DataFrame) -> pl.DataFrame:
-    columns = "user_id item_id rating timestamp age gender occupation title year genres".split()
+    columns = ["user_id", "item_id", "rating", "timestamp", "age", "gender", "occupation", "title", "year", "genres"]
     joined = ratings.join(users, on="user_id", how="left").join(films, on="item_id", how="left")
     return joined.select(columns).with_columns(pl.col("rating", "timestamp", "age").cast(pl.Float64).cast(pl.Int64))
 

@@ -128,9 +128,7 @@ class FeaturePipeline:
             table = field.encoder.table()
             if table is not None:
                 pq.write_table(table, folder / _vocabulary_file(index))
-        write_json(
-            folder / "pipeline.json", {"format": FORMAT, "digest": self.digest, "fields": self._description()}
-        )
+        write_json(folder / "pipeline.json", {"format": FORMAT, "digest": self.digest, "fields": self._description()})
 
     @classmethod
     def load(cls, folder: Path) -> "FeaturePipeline":

@@ -16,7 +16,9 @@ class InstanceGuidedMask(nn.Module):
         super().__init__()
         aggregation_width = int(reduction_ratio * masked_width)
         if aggregation_width < 1:
-            raise ValueError(f"reduction_ratio {reduction_ratio} leaves no aggregation unit for a width of {masked_width}")
+            raise ValueError(
+                f"reduction_ratio {reduction_ratio} leaves no aggregation unit for a width of {masked_width}"
+            )
         self.aggregate = nn.Linear(embedding_width, aggregation_width)
         self.project = nn.Linear(aggregation_width, masked_width)
 

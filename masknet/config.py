@@ -49,7 +49,9 @@ class MaskNetConfig(BaseModel):
     embedding_norm: NormSlot = Field(
         default=NormConfig(name="layer"), description="LN_EMB: per field, on the way to the masks' product"
     )
-    hidden_norm: NormSlot = Field(default=NormConfig(name="layer"), description="LN_HID: in every block, before the ReLU")
+    hidden_norm: NormSlot = Field(
+        default=NormConfig(name="layer"), description="LN_HID: in every block, before the ReLU"
+    )
     activation: Literal["relu"] = Field(default="relu", description="non-linearity of blocks and head")
     head: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(400, 400), description="widths of the MLP over parallel blocks; [] for serial"

@@ -74,5 +74,3 @@ def _stable_number(text: str) -> int:
     for byte in text.encode():
         number = (number * 257 + byte) % 1_000_003
     return number
-
-

@@ -1,6 +1,6 @@
 """The bundle: a trained model as a folder of plain files, whole or refused.
 
-manifest.json       format, model configuration, schema and pipeline digests, metrics, run id, SHA-256 of every other file
+manifest.json       format, model configuration, schema and pipeline digests, metrics, run id, every file's SHA-256
 manifest.sha256     SHA-256 of manifest.json
 schema.yaml         the schema that the model was trained with
 pipeline/           the fitted encoders

@@ -38,7 +38,11 @@ def _draw(field: FittedField, random: np.random.Generator) -> list[Any]:
         edges = field.encoder.boundaries if len(field.encoder.boundaries) else np.zeros(1)
         return [None, *(float(random.choice(edges)) + float(random.choice([-0.5, 0.0, 0.5])) for _ in range(ROWS - 1))]
     if isinstance(field.spec, ListField):
-        return [None, ["\u0000never seen"], *([_value(field.encoder, random) for _ in range(1 + i % 3)] for i in range(ROWS - 2))]
+        return [
+            None,
+            ["\u0000never seen"],
+            *([_value(field.encoder, random) for _ in range(1 + i % 3)] for i in range(ROWS - 2)),
+        ]
     return [None, "\u0000never seen", *(_value(field.encoder, random) for _ in range(ROWS - 2))]
 
 

@@ -78,14 +78,13 @@ def _rows(fields: dict[str, Json]) -> Json:
 
 
 def _value(field: FieldSpec) -> Json:
-    text_or_int: Json = {"oneOf": [{"type": "string"}, {"type": "integer"}], "nullable": True}
+    text_or_int: list[Json] = [{"type": "string"}, {"type": "integer"}]
     if isinstance(field, NumericField):
         return {"type": "number", "nullable": True}
     if isinstance(field, ListField):
-        items = {"type": "array", "items": text_or_int["oneOf"][0] | {}}
-        items["items"] = {"oneOf": text_or_int["oneOf"]}
+        items: Json = {"type": "array", "items": {"oneOf": text_or_int}}
         return {"oneOf": [items, {"type": "string"}] if field.separator else [items], "nullable": True}
-    return text_or_int
+    return {"oneOf": text_or_int, "nullable": True}
 
 
 def _example(schema: Schema, name: str) -> Any:
@@ -99,7 +98,9 @@ def _model_reference() -> Json:
 
 def _rank_answer() -> Json:
     item = _object({"index": {"type": "integer"}, "score": {"type": "number"}}, required=["index", "score"])
-    return _object({"model": _model_reference(), "items": {"type": "array", "items": item}}, required=["model", "items"])
+    return _object(
+        {"model": _model_reference(), "items": {"type": "array", "items": item}}, required=["model", "items"]
+    )
 
 
 def _predict_answer() -> Json:
@@ -109,12 +110,14 @@ def _predict_answer() -> Json:
 
 def _model_answer() -> Json:
     free: Json = {"type": "object"}
-    return _object({"model": _model_reference(), "metrics": free, "schema": free}, required=["model", "metrics", "schema"])
+    return _object(
+        {"model": _model_reference(), "metrics": free, "schema": free}, required=["model", "metrics", "schema"]
+    )
 
 
 def _error() -> Json:
-    location = {"type": "string", "nullable": True}
-    texts = {"code": {"type": "string"}, "message": {"type": "string"}, "location": location}
+    text: Json = {"type": "string"}
+    texts = {"code": text, "message": text, "location": {**text, "nullable": True}}
     return _object({"error": _object(texts, required=list(texts))}, required=["error"])
 
 

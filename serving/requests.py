@@ -83,7 +83,9 @@ def _columns(data: Any, place: str, fields: dict[str, FieldSpec], given: dict[st
         if name in columns and name in given:
             raise ApiError(422, "field_twice", f"field {name!r} is also in the context", f"{place}.{name}")
         if name not in columns and name not in given:
-            raise ApiError(422, "missing_field", f"field {name!r} is missing; send null for no value", f"{place}.{name}")
+            raise ApiError(
+                422, "missing_field", f"field {name!r} is missing; send null for no value", f"{place}.{name}"
+            )
     return columns
 
 

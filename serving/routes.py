@@ -35,7 +35,9 @@ def create_app() -> Starlette:
     routes: list[Route] = [
         Route(path, partial(_guarded, answer, verb), methods=_METHODS) for path, (verb, answer) in methods.items()
     ]
-    return Starlette(routes=[*routes, _Otherwise("/{path:path}", partial(_guarded, _not_found, None), methods=_METHODS)])
+    return Starlette(
+        routes=[*routes, _Otherwise("/{path:path}", partial(_guarded, _not_found, None), methods=_METHODS)]
+    )
 
 
 class _Otherwise(Route):
@@ -61,8 +63,8 @@ async def _guarded(answer: Answer, verb: str | None, request: Request) -> Respon
         raise
     except Exception:
         _log.exception("request failed")
-        error = ApiError(500, "internal", "the server failed on this request")
-        return Response(orjson.dumps(error.body()), 500, media_type="application/json")
+        failure = ApiError(500, "internal", "the server failed on this request")
+        return Response(orjson.dumps(failure.body()), 500, media_type="application/json")
 
 
 async def _rank(engine: RankingEngine, request: Request) -> Response:

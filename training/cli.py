@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,7 +26,9 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Bundle folder, models:/name@alias, models:/name/3 or run id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Bundle folder, models:/name@alias, models:/name/3 or run id.")
+]
 MaxBadRows = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Largest share of bad rows that is set aside rather than refused.")
 ]
@@ -56,7 +58,9 @@ def _answer(as_json: bool, result: dict[str, Any], text: str) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and report; made anew.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and report; made anew.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """The whole way on real data: MovieLens-100k from raw rows to a ranked list over HTTP, in under two minutes."""
     from training.demo import run_demo
@@ -70,11 +74,15 @@ def demo(
 def prepare(
     schema: Annotated[Path, typer.Argument(help="Schema file: which columns there are and what each becomes.")],
     out: Annotated[Path, typer.Option(help="Folder of the prepared data set; must not exist yet.")],
-    input: Annotated[Optional[list[str]], typer.Option(help="Raw file, folder or glob to split with --split; repeatable.")] = None,
-    split: Annotated[Optional[str], typer.Option(help="time:0.8,0.1,0.1 or random:0.8,0.1,0.1 (train, valid, test).")] = None,
-    train: Annotated[Optional[list[str]], typer.Option(help="Raw files of the training split; repeatable.")] = None,
-    valid: Annotated[Optional[list[str]], typer.Option(help="Raw files of the validation split; repeatable.")] = None,
-    test: Annotated[Optional[list[str]], typer.Option(help="Raw files of the test split; repeatable.")] = None,
+    input: Annotated[
+        list[str] | None, typer.Option(help="Raw file, folder or glob to split with --split; repeatable.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="time:0.8,0.1,0.1 or random:0.8,0.1,0.1 (train, valid, test).")
+    ] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Raw files of the training split; repeatable.")] = None,
+    valid: Annotated[list[str] | None, typer.Option(help="Raw files of the validation split; repeatable.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Raw files of the test split; repeatable.")] = None,
     max_bad_rows: MaxBadRows = 0.01,
     as_json: Json = False,
 ) -> None:
@@ -99,10 +107,19 @@ def prepare(
     sources = {"input": input} if input else {name: files for name, files in given.items() if files}
     with console.status("preparing") as status:
         done = run_prepare(
-            load_schema(schema), sources, out, split=SplitRule.parse(split) if split else None, max_bad_rows=max_bad_rows,
+            load_schema(schema),
+            sources,
+            out,
+            split=SplitRule.parse(split) if split else None,
+            max_bad_rows=max_bad_rows,
             progress=status.update,
-        )  # fmt: skip
-    result = {"out": str(out), "rows": done.rows, "quarantined": done.bad_rows, "seconds": time.perf_counter() - started}
+        )
+    result = {
+        "out": str(out),
+        "rows": done.rows,
+        "quarantined": done.bad_rows,
+        "seconds": time.perf_counter() - started,
+    }
     if not as_json:
         from training.tables import profile_table
 
@@ -116,14 +133,16 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="Training configuration (YAML).")],
     data: Annotated[Path, typer.Option(help="Prepared data set.")],
-    out: Annotated[Optional[Path], typer.Option(help="Output folder; default runs/EXPERIMENT/RUN-ID.")] = None,
-    set: Annotated[Optional[list[str]], typer.Option(metavar="KEY=VALUE", help="Override a key: model.blocks=5. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default runs/EXPERIMENT/RUN-ID.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a key: model.blocks=5. Repeatable.")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; tables are sharded over them.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Train a MaskNet, write its bundle and register it under the alias `candidate`.
 
-        masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
+    masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
     """
     from training.config import load_config
     from training.launch import is_worker, run_processes
@@ -143,17 +162,18 @@ def train(
     result = run_train(loaded, data, out, console)
     if result is not None:
         test = result["metrics"]["test"]
-        text = f"{result['bundle']}: test auc {test['auc']:.4f}, logloss {test['logloss']:.4f}; {result['model_uri']}@candidate"
+        numbers = f"test auc {test['auc']:.4f}, logloss {test['logloss']:.4f}"
+        text = f"{result['bundle']}: {numbers}; registered as {result['model_uri']}, alias candidate"
         _answer(as_json, result, text)
 
 
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[Optional[Path], typer.Option(help="Prepared data set, encoded by the model's pipeline.")] = None,
-    input: Annotated[Optional[list[str]], typer.Option(help="Raw labelled files instead; repeatable.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data set, encoded by the model's pipeline.")] = None,
+    input: Annotated[list[str] | None, typer.Option(help="Raw labelled files instead; repeatable.")] = None,
     split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the report; default runs/evaluations/NAME-SPLIT.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; default runs/evaluations/NAME-SPLIT.")] = None,
     max_bad_rows: MaxBadRows = 0.01,
     as_json: Json = False,
 ) -> None:
@@ -181,7 +201,7 @@ def score(
 ) -> None:
     """Score raw rows: every column is kept, and `score` is added.
 
-        masknet score models:/movielens-ranker@champion --input today.parquet --out scored
+    masknet score models:/movielens-ranker@champion --input today.parquet --out scored
     """
     from serving.batch import score_files
     from serving.bundle import load_bundle
@@ -202,7 +222,7 @@ def promote(
 ) -> None:
     """Give a registered model the alias `champion`, and record who replaced whom.
 
-        masknet promote models:/movielens-ranker@candidate
+    masknet promote models:/movielens-ranker@candidate
     """
     from training.promote import promote as run_promote
     from training.stack import check_stack
@@ -215,14 +235,16 @@ def promote(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="See masknet --help.")] = "models:/movielens-ranker@champion",
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="See masknet --help.")
+    ] = "models:/movielens-ranker@champion",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with a copy of the model.")] = 1,
 ) -> None:
     """Serve a model over REST: POST /rank and /predict, GET /model, /readyz, /metrics and /docs.json.
 
-        masknet serve models:/movielens-ranker@champion --port 3000
+    masknet serve models:/movielens-ranker@champion --port 3000
     """
     from serving.start import start
     from training.stack import check_stack

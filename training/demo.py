@@ -62,9 +62,7 @@ def run_demo(out: Path, console: Console) -> None:
     with stage("data", "MovieLens-100k: a click is a rating of 4 or more"):
         movielens.write_flat(raw)
     with stage("prepare", f"fit encoders on the oldest 80 %, split {SPLIT}"):
-        prepared = prepare(
-            load_schema(movielens.SCHEMA), {"input": [str(raw)]}, data, split=SplitRule.parse(SPLIT)
-        )
+        prepared = prepare(load_schema(movielens.SCHEMA), {"input": [str(raw)]}, data, split=SplitRule.parse(SPLIT))
     with stage("train", "ParallelMaskNet, tables sharded by TorchRec, tracked by MLflow"):
         trained = train(load_config(CONFIG, []), data, out / "train", console)
         assert trained is not None  # this process is alone, so it is rank 0

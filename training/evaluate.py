@@ -1,5 +1,6 @@
 """`masknet evaluate`: a model's metrics on labelled rows, beside baselines, and the report that shows them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def rows_of_files(bundle: Bundle, sources: list[str], max_bad_rows: float) -> Ro
     return Rows(encoded, ", ".join(sources))
 
 
-def evaluate(bundle: Bundle, rows: Rows, baselines: dict[str, FloatN]) -> Evaluation:
+def evaluate(bundle: Bundle, rows: Rows, baselines: Mapping[str, FloatN]) -> Evaluation:
     """Score the rows and compute every metric; `baselines` are other scores of the same rows."""
     label_N = rows.table[LABEL].to_numpy()
     if len(label_N) == 0:
@@ -65,7 +66,9 @@ def evaluate(bundle: Bundle, rows: Rows, baselines: dict[str, FloatN]) -> Evalua
     group_N = None if group.null_count == len(group) else group.to_numpy()
     scores: dict[str, FloatN] = {MODEL: bundle.scorer.score_encoded(rows.table), **baselines}
     metrics = {name: score_metrics(label_N, score_N, group_N) for name, score_N in scores.items()}
-    return Evaluation(bundle, rows.source, label_N, scores, metrics, _by_familiarity(bundle, rows.table, label_N, scores))
+    return Evaluation(
+        bundle, rows.source, label_N, scores, metrics, _by_familiarity(bundle, rows.table, label_N, scores)
+    )
 
 
 def _by_familiarity(bundle: Bundle, table: pa.Table, label_N: FloatN, scores: dict[str, FloatN]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    # Text stays text, so that it is sharp and can be selected; ids from a fixed salt, so that equal data gives equal bytes.
+    # Text stays text, so that it is sharp and can be selected; a fixed salt, so that equal data gives equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "masknet", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -58,7 +58,10 @@ def _verdict(metrics: dict[str, dict[str, float | None]]) -> str:
         return "There are no baselines beside this model: give prepared data to see them."
     sentences = []
     for name, theirs in others:
-        better = [_better(own["auc"], theirs["auc"], "AUC", 1), _better(own["logloss"], theirs["logloss"], "log loss", -1)]
+        better = [
+            _better(own["auc"], theirs["auc"], "AUC", 1),
+            _better(own["logloss"], theirs["logloss"], "log loss", -1),
+        ]
         sentences.append(f"Against the {name}, {model} has {' and '.join(better)}.")
     return " ".join(sentences)
 

@@ -20,7 +20,9 @@ def check_stack() -> None:
     build, found = next(((name, v) for name in _BUILDS if (v := _version(name))), (_BUILDS[1], None))
     if found is None or _minor(found) != wanted:
         have = f"{build} {found}" if found else "no fbgemm"
-        raise InputError(f"torch {torch} needs {build} {wanted}, but there is {have}: pip install '{build}=={wanted}.*'")
+        raise InputError(
+            f"torch {torch} needs {build} {wanted}, but there is {have}: pip install '{build}=={wanted}.*'"
+        )
 
 
 def _version(name: str) -> str | None:

@@ -19,7 +19,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: torch.Tensor, instance: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalize x [..., *shape]; `instance` is for norms that depend on the raw embedding, which this one does not."""
+        """Normalize x [..., *shape]; `instance` is for norms that condition on the raw embedding."""
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         normed = functional.layer_norm(wide, self.shape[-1:], eps=self.eps)
         return (normed * self.weight + self.bias).to(x.dtype)

@@ -8,8 +8,8 @@ from torch.nn import functional
 class RMSNorm(nn.Module):
     """y = γ ⊙ x / √(mean(x²) + eps) over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    Differs from torch.nn.RMSNorm as `LayerNorm` here does from torch's; eps has no default, since torch's own depends on
-    its version. Statistics are computed in fp32 or wider.
+    Differs from torch.nn.RMSNorm as `LayerNorm` here does from torch's; eps has no default, since torch's own
+    depends on its version. Statistics are computed in fp32 or wider.
     """
 
     def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:

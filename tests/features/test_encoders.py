@@ -1,0 +1,200 @@
+"""Encoders and the pipeline: ids against values worked out by hand, and the same ids from every kind of input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import xxhash
+
+from features.checks import check_file
+from features.columns import as_numbers, as_strings
+from features.encoders import Hash, Quantile, Vocabulary
+from features.errors import InputError
+from features.pipeline import FeaturePipeline
+from features.schema import Schema
+from features.sources import RawFile
+
+SCHEMA = Schema.model_validate(
+    {
+        "name": "t",
+        "label": {"column": "click"},
+        "fields": [
+            {"name": "shop", "type": "categorical", "min_count": 1},
+            {"name": "word", "type": "categorical", "encoder": "hash", "buckets": 7},
+            {"name": "tags", "type": "list", "separator": " ", "min_count": 1, "max_length": 3},
+            {"name": "price", "type": "numeric", "buckets": 4},
+        ],
+    }
+)
+COLUMNS: dict[str, list[Any]] = {
+    "shop": ["b", "a", "b", None, ""],
+    "word": ["x", "ü", "x", None, ""],
+    "tags": ["p q", "q", "", None, "q  p r s"],
+    "price": [1.0, 2.0, 3.0, 4.0, None],
+    "click": [0, 1, 0, 1, 0],
+}
+
+
+@pytest.fixture
+def pipeline() -> FeaturePipeline:
+    table = pa.table(COLUMNS)
+    canonical, bad = check_file(RawFile(Path("t"), table, pa.array(range(5), pa.int64()), []), 0, SCHEMA)
+    assert not bad
+    return FeaturePipeline.fit(SCHEMA, canonical)
+
+
+def test_vocabulary_ids_follow_count_then_value() -> None:
+    encoder = Vocabulary.fit(pa.array(["c", "a", "b", "a", None, "b", "once"]), min_count=2)
+    assert encoder.values.to_pylist() == ["a", "b"]
+    assert encoder.encode(pa.array(["a", "b", "c", None, "new"])).tolist() == [2, 3, 1, 0, 1]
+    assert encoder.num_ids == 4
+
+
+def test_vocabulary_does_not_depend_on_the_order_of_rows() -> None:
+    values = ["z", "z", "m", "m", "a", "a", "q"]
+    orders = [np.random.default_rng(seed).permutation(values).tolist() for seed in range(5)]
+    found = [Vocabulary.fit(pa.array(order), min_count=1).values.to_pylist() for order in orders]
+    assert all(values == ["a", "m", "z", "q"] for values in found)
+
+
+def test_hash_is_xxh3_of_the_text() -> None:
+    ids = Hash(1000).encode(pa.array(["hello", None, "ü", "hello"])).tolist()
+    assert ids[0] == ids[3] == 2 + xxhash.xxh3_64_intdigest("hello".encode(), 0) % 1000
+    assert ids[1] == 0
+    assert ids[0] == 2 + 10760762337991515389 % 1000  # the digest itself, so that a change of library is seen
+
+
+def test_quantile_boundaries_and_edges() -> None:
+    encoder = Quantile.fit(pa.array([float(n) for n in range(1, 9)]), buckets=4)
+    assert encoder.boundaries.tolist() == [2.0, 4.0, 6.0]
+    assert encoder.encode(pa.array([-5.0, 1.9, 2.0, 5.9, 6.0, 1e9, None])).tolist() == [2, 2, 3, 4, 5, 5, 0]
+    assert encoder.num_ids == 6
+
+
+def test_quantile_of_a_constant_and_of_nothing() -> None:
+    assert Quantile.fit(pa.array([3.0] * 9), buckets=4).boundaries.tolist() == [3.0]
+    nothing = Quantile.fit(pa.array([None, None], pa.float64()), buckets=4)
+    assert nothing.encode(pa.array([None, 7.0])).tolist() == [0, 2]
+
+
+def test_pipeline_by_hand(pipeline: FeaturePipeline) -> None:
+    encoded = pipeline.encode(COLUMNS).to_pydict()
+    word = {text: 2 + xxhash.xxh3_64_intdigest(text.encode(), 0) % 7 for text in ("x", "ü")}
+    assert encoded["shop"] == [2, 3, 2, 0, 0]
+    assert encoded["word"] == [word["x"], word["ü"], word["x"], 0, 0]
+    # q occurs 3 times and p twice; s is the fourth of a list of at most three
+    assert encoded["tags"] == [[3, 2], [2], [0], [0], [2, 3, 4]]
+    assert encoded["price"] == [3, 4, 5, 5, 0]
+
+
+def test_every_kind_of_input_encodes_alike(pipeline: FeaturePipeline) -> None:
+    expected = pipeline.encode(COLUMNS)
+    names = list(COLUMNS)
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*COLUMNS.values(), strict=True)]
+    assert pipeline.encode(rows).equals(expected)
+    assert pipeline.encode(pd.DataFrame(COLUMNS)).equals(expected)
+    assert pipeline.encode(pa.table(COLUMNS)).equals(expected)
+    as_text = {name: [None if v is None else str(v) for v in values] for name, values in COLUMNS.items()}
+    assert pipeline.encode(as_text).equals(expected)
+    as_lists = COLUMNS | {"tags": [["p", "q"], ["q"], [], None, ["q", "p", "r", "s"]]}
+    assert pipeline.encode(as_lists).equals(expected)
+
+
+def test_numbers_as_ids_are_the_same_as_their_text() -> None:
+    expected = ["7", None, "12"]
+    assert as_strings(pa.array([7, None, 12]), "c").to_pylist() == expected
+    assert as_strings(pa.array([7.0, None, 12.0]), "c").to_pylist() == expected
+    assert as_strings(pa.array([7.0, float("nan"), 12.0]), "c").to_pylist() == expected
+    assert as_strings(pa.array(["7", "", "12"]), "c").to_pylist() == expected
+    assert as_strings(pa.array(["7", None, "12"]).dictionary_encode(), "c").to_pylist() == expected
+    assert as_strings(pa.array([2.5, 1e300]), "c").to_pylist() == ["2.5", "1e+300"]
+
+
+def test_numbers_from_text() -> None:
+    values, bad_N = as_numbers(pa.array(["1", " 2.5 ", "1e3", "", None, "x", "inf", "nan"]), "c")
+    assert values.to_pylist()[:5] == [1.0, 2.5, 1000.0, None, None]
+    assert bad_N is not None
+    assert bad_N.tolist() == [False] * 5 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"price": [1.0, "cheap", 3.0, 4.0, 5.0]}, "'price'"),
+        ({"price": [1.0, float("inf"), 3.0, 4.0, 5.0]}, "row 1, column 'price'"),
+        ({"shop": [["a"]] * 5}, "'shop'"),
+        ({"tags": [1, 2, 3, 4, 5]}, "'tags'"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(pipeline: FeaturePipeline, change: dict[str, list[Any]], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        pipeline.encode(COLUMNS | change)
+
+
+def test_a_missing_column_is_named(pipeline: FeaturePipeline) -> None:
+    with pytest.raises(InputError, match="column 'word' is missing"):
+        pipeline.encode({name: values for name, values in COLUMNS.items() if name != "word"})
+
+
+def test_no_rows(pipeline: FeaturePipeline) -> None:
+    encoded = pipeline.encode({name: [] for name in COLUMNS})
+    assert encoded.num_rows == 0
+    assert encoded.column_names == list(pipeline.names)
+
+
+def test_saved_and_loaded_is_the_same(pipeline: FeaturePipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path / "p")
+    loaded = FeaturePipeline.load(tmp_path / "p")
+    assert loaded.digest == pipeline.digest
+    assert loaded.encode(COLUMNS).equals(pipeline.encode(COLUMNS))
+
+
+def test_digest_changes_with_anything_that_decides_an_id(pipeline: FeaturePipeline) -> None:
+    other = pa.table(COLUMNS | {"shop": ["b", "a", "b", "a", "a"]})
+    canonical, _ = check_file(RawFile(Path("t"), other, pa.array(range(5), pa.int64()), []), 0, SCHEMA)
+    assert FeaturePipeline.fit(SCHEMA, canonical).digest != pipeline.digest
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda data: data | {"format": 99}, "reads up to 1"),
+        (lambda data: data | {"digest": "0" * 64}, "does not match its digest"),
+        (lambda data: {key: value for key, value in data.items() if key != "fields"}, "damaged"),
+        (lambda data: data | {"fields": data["fields"][:2]}, "does not match its digest"),
+    ],
+)
+def test_a_damaged_pipeline_is_refused(pipeline: FeaturePipeline, tmp_path: Path, damage: Any, told: str) -> None:
+    pipeline.save(tmp_path / "p")
+    path = tmp_path / "p" / "pipeline.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=told):
+        FeaturePipeline.load(tmp_path / "p")
+
+
+def test_hidden_ids_are_a_share_of_the_field_and_repeatable() -> None:
+    schema = Schema.model_validate(
+        {
+            "name": "t",
+            "label": {"column": "click"},
+            "fields": [
+                {"name": "a", "type": "categorical", "min_count": 1, "unknown_rate": 0.25},
+                {"name": "b", "type": "categorical", "min_count": 1},
+            ],
+        }
+    )
+    columns = {"a": ["x"] * 4000, "b": ["y"] * 4000}
+    pipeline = FeaturePipeline.fit(schema, pa.table(columns))
+    encoded = pipeline.encode(columns)
+    hidden = pipeline.hide_some(encoded, seed=1)
+    a_N = hidden["a"].to_numpy()
+    assert set(a_N.tolist()) == {1, 2}
+    # 4,000 draws at .25 have a standard deviation of .0068
+    assert abs((a_N == 1).mean() - 0.25) < 0.03
+    assert hidden["b"].equals(encoded["b"])
+    assert pipeline.hide_some(encoded, seed=1).equals(hidden)
+    assert not pipeline.hide_some(encoded, seed=2).equals(hidden)
