@@ -15,6 +15,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from features.checks import LABEL, WEIGHT
+from features.errors import InputError
+
+_PARTS = 8  # an epoch's last batch is at least this part of a whole one
 
 IndexB = npt.NDArray[np.int64]
 
@@ -102,17 +105,33 @@ class BatchLoader:
         share: Share | None = None,
         shuffle_seed: int | None = None,
     ) -> None:
+        """Load a split.
+
+        Args:
+            table: an encoded split.
+            names: the fields, in the order of F.
+            batch_size: rows of a global batch, over all ranks.
+            share: which part of it is this process's; by default all.
+            shuffle_seed: None keeps the rows' order.
+
+        Raises:
+            InputError: some rank would have no rows.
+        """
         self._rows = EncodedRows(table, names)
         self._label_N = table[LABEL].to_numpy().astype(np.float32)
         self._weight_N = table[WEIGHT].to_numpy().astype(np.float64)
         self._share = share or Share()
         self._seed = shuffle_seed
+        if self._share.world > 1 and min(batch_size // _PARTS, self._rows.num_rows) < self._share.world:
+            raise InputError(
+                f"{self._share.world} processes are too many for batches of {batch_size} out of "
+                f"{self._rows.num_rows} rows: a batch needs {_PARTS} rows per process"
+            )
         whole, rest = divmod(self._rows.num_rows, batch_size)
-        # A rest too small to give every rank a row joins the batch before it, so that all ranks make the same steps.
-        ends = [batch_size * (i + 1) for i in range(whole)] + ([self._rows.num_rows] if rest else [])
-        if rest and rest < self._share.world and whole:
-            del ends[-2]
-        self._ends = ends
+        # A small rest joins the batch before it: then every rank has rows in every step, and no step is mostly noise.
+        # Not by the number of ranks, or the steps would depend on it.
+        merged = whole > 0 and 0 < rest * _PARTS < batch_size
+        self._ends = [batch_size * (i + 1) for i in range(whole - merged)] + ([self._rows.num_rows] if rest else [])
 
     def __len__(self) -> int:
         """Steps per epoch."""

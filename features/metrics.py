@@ -6,7 +6,7 @@ import polars as pl
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 FloatN = npt.NDArray[np.floating]
-_CLIP = 1e-15  # a probability of exactly 0 or 1 would make the log loss infinite
+_CLIP = float(np.finfo(np.float64).eps)  # as scikit-learn: a probability of exactly 0 or 1 would be infinitely wrong
 ECE_BINS = 20
 
 

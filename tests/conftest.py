@@ -45,9 +45,7 @@ def raw_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(raw_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The impressions as a prepared data set, split by time."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(
-        load_schema(movielens.SCHEMA), {"input": [str(raw_rows)]}, out, split=SplitRule.parse("time:0.8,0.1,0.1")
-    )
+    prepare(load_schema(movielens.SCHEMA), {"input": [str(raw_rows)]}, out, split=SplitRule.parse("time:0.8,0.1,0.1"))
     return out
 
 
