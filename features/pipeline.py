@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ class FittedField:
         return self.spec.name
 
     @property
-    def pooling(self) -> str:
+    def pooling(self) -> Literal["sum", "mean"]:
         """How a row's embeddings become one: 'mean' or 'sum'; of no consequence for single values."""
         return self.spec.pooling if isinstance(self.spec, ListField) else "sum"
 

@@ -15,7 +15,9 @@ class NormConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="layer, rms or none")
-    eps: float = Field(default=EPS, gt=0, description="added to the variance (or mean square) before the root")
+    eps: float = Field(
+        default=EPS, gt=0, allow_inf_nan=False, description="added to the variance (or mean square) before the root"
+    )
 
     @field_validator("name")
     @classmethod
@@ -44,7 +46,10 @@ class MaskNetConfig(BaseModel):
     blocks: int = Field(default=3, ge=1, description="number K of MaskBlocks")
     block_width: int = Field(default=400, ge=1, description="output width h of every MaskBlock")
     reduction_ratio: float = Field(
-        default=2.0, gt=0, description="aggregation width of a mask over the width of what it masks"
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="aggregation width of a mask over the width of what it masks",
     )
     embedding_norm: NormSlot = Field(
         default=NormConfig(name="layer"), description="LN_EMB: per field, on the way to the masks' product"

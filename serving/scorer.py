@@ -19,7 +19,7 @@ class Scorer:
 
     def __init__(self, pipeline: FeaturePipeline, model: MaskNet) -> None:
         self.pipeline = pipeline
-        self._model = model.eval()
+        self.model = model.eval()
 
     def score(self, rows: Rows) -> ScoreN:
         """Scores [N] of raw rows; InputError names the field and row that cannot be encoded."""
@@ -32,5 +32,5 @@ class Scorer:
         with torch.inference_mode():
             for start in range(0, rows.num_rows, CHUNK):
                 row_B = np.arange(start, min(start + CHUNK, rows.num_rows))
-                score_N[row_B] = self._model(rows.gather(row_B)).sigmoid().numpy()
+                score_N[row_B] = self.model(rows.gather(row_B)).sigmoid().numpy()
         return score_N

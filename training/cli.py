@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from features.errors import InputError
+from training.errors import Failure
 
 app = typer.Typer(
     name="masknet",
@@ -43,11 +44,16 @@ def main() -> None:
         app()
     except InputError as error:
         _fail(str(error), 2)
+    except Failure as error:
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    from training.launch import let_rank_0_speak
+
+    let_rank_0_speak()
     console.print(f"masknet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 
@@ -130,7 +136,6 @@ def prepare(
 
 @app.command()
 def train(
-    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="Training configuration (YAML).")],
     data: Annotated[Path, typer.Option(help="Prepared data set.")],
     out: Annotated[Path | None, typer.Option(help="Output folder; default runs/EXPERIMENT/RUN-ID.")] = None,
@@ -156,7 +161,9 @@ def train(
         from features.dataset import PreparedDataset
 
         PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
-        sys.exit(run_processes(nproc, sys.argv[1:]))
+        same = ["train", str(config), "--data", str(data), *(["--out", str(out)] if out else [])]
+        same += [word for override in set or [] for word in ("--set", override)] + (["--json"] if as_json else [])
+        sys.exit(run_processes(nproc, same))
     from training.train import train as run_train
 
     result = run_train(loaded, data, out, console)

@@ -23,6 +23,7 @@ from serving.bundle import load_bundle
 from serving.models import locate
 from training.commands import run_evaluate
 from training.config import load_config
+from training.errors import Failure
 from training.evaluate import MODEL, Evaluation
 from training.promote import promote
 from training.served import post, running_service
@@ -115,7 +116,7 @@ def _check_against_batch(
     served_N = np.array([item["score"] for item in ranked["items"]])
     difference = float(np.abs(batch_N[order_N] - served_N).max())
     if difference > PARITY:
-        raise RuntimeError(f"/rank and masknet score differ by {difference:.1e}, above {PARITY}")
+        raise Failure(f"/rank and masknet score differ by {difference:.1e}, above {PARITY}")
 
 
 def _print_ranking(console: Console, context: dict[str, Any], films: pl.DataFrame, ranked: dict[str, Any]) -> None:

@@ -13,15 +13,12 @@ from features.batches import BatchLoader
 from features.metrics import auc, logloss
 from training.config import Config
 from training.distributed import World, concat_over_ranks, sum_over_ranks
+from training.errors import Failure
 from training.sharding import build_optimizer, gather_tables, unwrapped
 from training.task import ClickTask, StepOutput
 
 REPORT_STEPS = 10
 AUC_WINDOW = 65_536  # rows of the running training AUC that the progress bar shows
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
 
 
 class Observer(Protocol):
@@ -89,7 +86,7 @@ def fit(
         observer: told of every `REPORT_STEPS` steps and of every epoch.
 
     Raises:
-        TrainingDiverged: the loss became NaN or infinite; names the step.
+        Failure: the loss became NaN or infinite; names the step.
     """
     optimizer = build_optimizer(dmp, config.optimizer)
     pipeline = TrainPipelineSparseDist(dmp, optimizer, world.device, execute_all_batches=True)
@@ -150,7 +147,7 @@ class _Reporter:
         for value in losses.tolist():
             self._step += 1
             if not np.isfinite(value):
-                raise TrainingDiverged(f"the loss is {value} at step {self._step}; try a smaller learning rate")
+                raise Failure(f"the loss is {value} at step {self._step}; try a smaller learning rate")
             self._losses.append(value)
         if self._world.is_main:
             now = time.perf_counter()

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from training.errors import Failure
+
 START_SECONDS = 90.0
 STOP_SECONDS = 20.0
 
@@ -35,10 +37,10 @@ def running_service(model: str) -> Iterator[str]:
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """POST JSON and return the JSON answered; RuntimeError with the answer for any status but 200."""
+    """POST JSON and return the JSON answered; Failure with the answer for any status but 200."""
     answer = httpx.post(url, json=body, timeout=30.0)
     if answer.status_code != 200:
-        raise RuntimeError(f"{url} answered {answer.status_code}: {answer.text[:500]}")
+        raise Failure(f"{url} answered {answer.status_code}: {answer.text[:500]}")
     result: dict[str, Any] = answer.json()
     return result
 
@@ -62,4 +64,4 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Any) -> N
             pass
         time.sleep(0.2)
     log.seek(0)
-    raise RuntimeError(f"the service did not start:\n{log.read().decode(errors='replace')[-2000:]}")
+    raise Failure(f"the service did not start:\n{log.read().decode(errors='replace')[-2000:]}")

@@ -1,0 +1,95 @@
+"""Training configurations, and the check that torch and fbgemm fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from features.errors import InputError
+from training.config import load_config, save_config
+from training.stack import check_stack
+
+GOOD = "experiment: e\ntracking: {registered_model: m}\nmodel: {hidden_norm: rms}\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_overrides_are_yaml_values(path: Path) -> None:
+    config = load_config(path, ["model.head=[5, 4]", "train.epochs=3", "optimizer.sparse.name=sgd", "model.dropout=.5"])
+    assert config.model.head == (5, 4)
+    assert config.train.epochs == 3
+    assert config.optimizer.sparse.name == "sgd"
+    assert config.model.dropout == 0.5
+    assert config.model.hidden_norm.name == "rms"
+
+
+def test_saved_configuration_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["model.embedding_norm={name: layer, eps: 0.5}"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.blcks=3", "model.blcks: unknown key"),
+        ("colour=red", "colour: unknown key"),
+        ("model.hidden_norm=crms", "'crms' is no normalization; there are layer, rms, none"),
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=0", "train.epochs"),
+        ("optimizer.sparse.name=adam", "optimizer.sparse.name"),
+        ("model={kind: serial}", "head must be []"),
+        ("train.epochs", "not of the form"),
+        ("experiment.name=x", "experiment is a value, not a section"),
+        ("model.head=[", "not YAML"),
+        ("tracking={}", "tracking.registered_model: required key is missing"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(path: Path, override: str, told: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(path, [override])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml", [])
+
+
+def test_the_installed_stack_fits() -> None:
+    check_stack()
+
+
+@pytest.mark.parametrize(
+    ("torch", "fbgemm", "told"),
+    [
+        ("2.13.0", "1.7.0", "torch 2.13.0 needs fbgemm-gpu-cpu 1.8, but there is fbgemm-gpu-cpu 1.7.0"),
+        ("2.11.0+cu130", "1.8.0", "torch 2.11.0+cu130 needs fbgemm-gpu-cpu 1.6, but there is fbgemm-gpu-cpu 1.8.0"),
+        ("2.9.0", "1.8.0", "torch 2.9.0 is not supported"),
+    ],
+)
+def test_versions_that_do_not_fit_are_one_clear_line(tmp_path: Path, torch: str, fbgemm: str, told: str) -> None:
+    for name, version in (("torch", torch), ("fbgemm-gpu-cpu", fbgemm)):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    # a real process, in which these stand before the installed ones
+    answer = subprocess.run(
+        [sys.executable, "-m", "training", "promote", "models:/x/1"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert told in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in answer.stderr
