@@ -13,6 +13,7 @@ from rich.console import Console
 
 from features.errors import InputError
 from training.errors import Failure
+from training.stack import check_stack
 
 app = typer.Typer(
     name="masknet",
@@ -69,10 +70,9 @@ def demo(
     ),
 ) -> None:
     """The whole way on real data: MovieLens-100k from raw rows to a ranked list over HTTP, in under two minutes."""
-    from training.demo import run_demo
-    from training.stack import check_stack
-
     check_stack()
+    from training.demo import run_demo
+
     run_demo(out, Console())
 
 
@@ -149,18 +149,18 @@ def train(
 
     masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
     """
+    check_stack()
     from training.config import load_config
     from training.launch import is_worker, run_processes
-    from training.stack import check_stack
 
-    check_stack()
     loaded = load_config(config, set or [])
     if out and (out / "bundle").exists():
         raise InputError(f"{out / 'bundle'} exists already; choose another --out")
-    if nproc > 1 and not is_worker():
+    if not is_worker():
         from features.dataset import PreparedDataset
 
-        PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
+        PreparedDataset.open(data)  # a wrong path is told before anything slow, and once
+    if nproc > 1 and not is_worker():
         same = ["train", str(config), "--data", str(data), *(["--out", str(out)] if out else [])]
         same += [word for override in set or [] for word in ("--set", override)] + (["--json"] if as_json else [])
         sys.exit(run_processes(nproc, same))
@@ -190,6 +190,7 @@ def evaluate(
 
         masknet evaluate models:/movielens-ranker@candidate --data data
     """
+    check_stack()
     from training.commands import run_evaluate
     from training.tables import metrics_table
 
@@ -210,12 +211,11 @@ def score(
 
     masknet score models:/movielens-ranker@champion --input today.parquet --out scored
     """
+    check_stack()
     from serving.batch import score_files
     from serving.bundle import load_bundle
     from serving.models import locate
-    from training.stack import check_stack
 
-    check_stack()
     started = time.perf_counter()
     rows = score_files(load_bundle(locate(model).path), input, out)
     _answer(as_json, {"out": str(out), "rows": rows, "seconds": time.perf_counter() - started}, f"{out}: {rows:,} rows")
@@ -231,10 +231,9 @@ def promote(
 
     masknet promote models:/movielens-ranker@candidate
     """
-    from training.promote import promote as run_promote
-    from training.stack import check_stack
-
     check_stack()
+    from training.promote import promote as run_promote
+
     result = run_promote(model, alias)
     before = f", replacing {result['replaced']}" if result["replaced"] else ""
     _answer(as_json, result, f"{result['model_uri']} is now {alias}{before}")
@@ -253,8 +252,7 @@ def serve(
 
     masknet serve models:/movielens-ranker@champion --port 3000
     """
-    from serving.start import start
-    from training.stack import check_stack
-
     check_stack()
+    from serving.start import start
+
     start(model, host=host, port=port, workers=workers)

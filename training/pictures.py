@@ -60,5 +60,5 @@ def _svg(figure: Figure) -> str:
     text = io.StringIO()
     # Text stays text, so that it is sharp and can be selected; a fixed salt, so that equal data gives equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "masknet", "font.family": "sans-serif"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,124 @@
+"""The README's commands run as they stand, in its order, and its reference is the code's."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import polars as pl
+import pytest
+
+from training.reference import config_reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("masknet ")]
+CURL = next(block for block in BLOCKS if block.startswith("curl "))
+OWN_TARGETS = {"make demo", "make test"}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    first = {line.partition("#")[0].strip() for line in BLOCKS[0].splitlines()}
+    assert first == OWN_TARGETS
+    for target in re.findall(r"`make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_reference_is_the_codes() -> None:
+    assert config_reference() in (ROOT / "training" / "README.md").read_text()
+
+
+def test_schema_in_the_readme_is_part_of_the_file() -> None:
+    shown = re.findall(r"  - \{.*\}", README)
+    assert len(shown) == 4
+    assert set(shown) <= set((ROOT / "features" / "schemas" / "movielens.yaml").read_text().splitlines())
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, raw_rows: Path) -> Path:
+    """The project's folder after `make demo`, as far as the commands read it."""
+    home = tmp_path_factory.mktemp("readme")
+    for room in ("features", "training"):
+        (home / room).symlink_to(ROOT / room)
+    (home / "runs" / "demo").mkdir(parents=True)
+    (home / "runs" / "demo" / "movielens.parquet").write_bytes(raw_rows.read_bytes())
+    pl.read_parquet(raw_rows).head(40).write_parquet(home / "runs" / "demo" / "ranked.parquet")
+    return home
+
+
+def start(home: Path, command: str) -> subprocess.Popen[str]:
+    words = shlex.split(command)
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "training", *words[1:]],
+        cwd=home,
+        env={**os.environ, **store},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_commands_run_in_order(home: Path) -> None:
+    names = [shlex.split(command)[1] for command in COMMANDS]
+    assert names == ["prepare", "train", "train", "evaluate", "promote", "score", "serve"]
+    for command in COMMANDS[:-1]:
+        process = start(home, command)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, f"{command}\n{error}"
+    assert (home / "runs" / "report" / "report.html").is_file()
+
+
+def test_serve_and_both_curl_lines(home: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    process = start(home, COMMANDS[-1].replace("3000", port))
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        printed = process.stdout.readline()
+        wait_until_ready(f"http://127.0.0.1:{port}/readyz")
+        for command in (printed, CURL.replace("3000", port)):
+            answer = post_as_curl_would(command)
+            assert [set(item) for item in answer["items"]] == [{"index", "score"}] * len(answer["items"])
+            assert answer["items"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def wait_until_ready(url: str) -> None:
+    for _ in range(300):
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    pytest.fail(f"{url} is not ready after a minute")
+
+
+def post_as_curl_would(command: str) -> dict[str, list[dict[str, float]]]:
+    """Send what the curl line sends; curl itself is not on every machine."""
+    words = shlex.split(command)
+    assert words[:2] == ["curl", "-s"]
+    url, header, body = words[2], words[words.index("-H") + 1], words[words.index("-d") + 1]
+    name, _, value = header.partition(": ")
+    answer = httpx.post(url, content=body.encode(), headers={name: value})
+    assert answer.status_code == 200, answer.text
+    result: dict[str, list[dict[str, float]]] = json.loads(answer.text)
+    return result
