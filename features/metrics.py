@@ -1,5 +1,7 @@
 """Statistics of scored rows. Labels are 0 or 1, scores probabilities; None where a metric is not defined."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -13,6 +15,13 @@ ECE_BINS = 20
 def auc(label_N: FloatN, score_N: FloatN) -> float | None:
     """Area under the ROC curve; None unless both classes occur."""
     return float(roc_auc_score(label_N, score_N)) if _both_classes(label_N) else None
+
+
+def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUC over independent rows (Hanley and McNeil, Radiology 143, 1982)."""
+    one_positive, one_negative = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    spread = (positives - 1) * (one_positive - auc**2) + (negatives - 1) * (one_negative - auc**2)
+    return math.sqrt((auc * (1 - auc) + spread) / (positives * negatives))
 
 
 def pr_auc(label_N: FloatN, score_N: FloatN) -> float | None:

@@ -45,7 +45,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, what: str) -> Iterator[None]:
-        self._console.print(f"[bold cyan]{name}[/]  {what}", highlight=False)
+        self._console.print(f"[bold cyan]{name:<9}[/] {what}", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
@@ -77,7 +77,8 @@ def run_demo(out: Path, console: Console) -> None:
     _check_against_batch(champion, context, films, ranked, out)
     _print_ranking(console, context, films, ranked)
     rows = ", ".join(f"{name} {count:,}" for name, count in prepared.rows.items())
-    console.print(f"\n{rows} rows; {prepared.bad_rows} rows without a readable year were set aside", highlight=False)
+    aside = f"{prepared.bad_rows} rows without a readable year were set aside"
+    console.print(f"\n{rows} rows; {aside}", highlight=False, soft_wrap=True)
     _print_summary(console, stage, evaluation, str(evaluated["report"]))
 
 
@@ -121,7 +122,8 @@ def _check_against_batch(
 
 def _print_ranking(console: Console, context: dict[str, Any], films: pl.DataFrame, ranked: dict[str, Any]) -> None:
     who = json.dumps(context, ensure_ascii=False)
-    table = Table(title=f"best {TOP} of {films.height} films for {who}", title_justify="left")
+    console.print(f"\nbest {TOP} of {films.height} films for {who}", highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("film")
     table.add_column("score", justify="right")
     for item in ranked["items"][:TOP]:

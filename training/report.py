@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from features.metrics import auc_standard_error
 from training.pictures import calibration_picture, histogram_picture, roc_picture
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def render(evaluation: Evaluation) -> str:
         manifest=evaluation.bundle.manifest,
         columns=_COLUMNS,
         verdict=_verdict(evaluation.metrics),
+        caution=_caution(evaluation),
         rows=len(label_N),
         clicks=int(label_N.sum()),
         roc=roc_picture(label_N, informative) if both else None,
@@ -64,6 +66,16 @@ def _verdict(metrics: dict[str, dict[str, float | None]]) -> str:
         ]
         sentences.append(f"Against the {name}, {model} has {' and '.join(better)}.")
     return " ".join(sentences)
+
+
+def _caution(evaluation: Evaluation) -> str:
+    """How far an AUC on so many rows is from the truth by chance alone."""
+    own = next(iter(evaluation.metrics.values()))["auc"]
+    if own is None:
+        return "With one class only among the rows, there is no AUC."
+    clicks = int(evaluation.label_N.sum())
+    error = auc_standard_error(own, clicks, len(evaluation.label_N) - clicks)
+    return f"The differences are not tested for significance; an AUC on these rows has a standard error of {error:.4f}."
 
 
 def _better(own: float | None, theirs: float | None, what: str, sign: int) -> str:

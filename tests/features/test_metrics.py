@@ -28,6 +28,16 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
     assert metrics.auc(LABEL, SCORE) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 
+def test_auc_standard_error_is_the_spread_over_samples() -> None:
+    samples = []
+    for _ in range(400):
+        label = np.repeat([1.0, 0.0], [80, 120])
+        samples.append(metrics.auc(label, RANDOM.exponential(1 + label)))
+    mean = float(np.mean(samples))
+    # exponential scores are the formula's own model; 400 samples give their standard deviation to 3.5 %
+    assert metrics.auc_standard_error(mean, 80, 120) == pytest.approx(float(np.std(samples)), rel=0.12)
+
+
 def test_grouped_auc_is_the_weighted_mean_of_the_groups() -> None:
     total, rows = 0.0, 0
     for group in np.unique(GROUP):
