@@ -151,11 +151,9 @@ def test_the_same_rows_score_the_same_everywhere(home: Home, served: tuple[str, 
     report = (home.path / "report" / "report.html").read_text()
     assert report.count("<svg") == 3
     assert not re.search(r"<script|<link|@import|(?:src|href)=.https?:", report)
-    mlflow.set_tracking_uri(home.store)
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient(home.store)
     run = json.loads((home.path / "run" / "result.json").read_text())["run_id"]
     names = {artifact.path for artifact in client.list_artifacts(run, "report")}
-    mlflow.set_tracking_uri(None)
     assert names == {"report/report.html", "report/metrics.json"}
 
 
