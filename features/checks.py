@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.columns import BoolN, as_numbers, as_strings, canonical, require_columns
+from features.columns import BoolN, as_numbers, as_strings, canonical, plain, require_columns
 from features.errors import InputError
 from features.schema import Schema
 from features.sources import BadRow, RawFile, find_files, read_file
@@ -40,9 +40,16 @@ def check_file(raw: RawFile, file_index: int, schema: Schema) -> tuple[pa.Table,
     """Canonical columns of a file's good rows (fields, then label, weight, time, group and source), and its bad rows.
 
     Raises:
-        InputError: a column that the schema reads is missing.
+        InputError: a column that the schema reads is missing, or can never hold what the schema says.
     """
     require_columns(raw.table, schema, f"input {raw.path}")
+    try:
+        return _checked(raw, file_index, schema)
+    except InputError as error:
+        raise InputError(f"input {raw.path}: {error}") from None
+
+
+def _checked(raw: RawFile, file_index: int, schema: Schema) -> tuple[pa.Table, list[BadRow]]:
     checker = RowChecker(raw)
     columns: dict[str, pa.Array] = {}
     for field in schema.fields:
@@ -54,9 +61,7 @@ def check_file(raw: RawFile, file_index: int, schema: Schema) -> tuple[pa.Table,
     columns[WEIGHT] = _weights(raw.table, schema, checker)
     columns[TIME] = _times(raw.table, schema, checker)
     group = schema.group
-    columns[GROUP] = (
-        as_strings(raw.table[group].combine_chunks(), group) if group else pa.nulls(len(raw.table), "string")
-    )
+    columns[GROUP] = as_strings(plain(raw.table[group]), group) if group else pa.nulls(len(raw.table), "string")
     columns[FILE] = pa.array(np.full(raw.table.num_rows, file_index, np.int32))
     columns[LINE] = raw.line_N
     return pa.table(columns).filter(pa.array(checker.good_N)), checker.bad_rows
@@ -106,7 +111,7 @@ def _where(bad: BadRow) -> str:
 
 
 def _numbers(table: pa.Table, column: str, checker: RowChecker) -> pa.Array:
-    values, bad_N = as_numbers(table[column].combine_chunks(), column)
+    values, bad_N = as_numbers(plain(table[column]), column)
     if bad_N is not None:
         checker.reject(bad_N, column, "is not a finite number")
     return values
@@ -139,8 +144,8 @@ def _times(table: pa.Table, schema: Schema, checker: RowChecker) -> pa.Array:
     """Seconds since 1970 as double: numbers are taken as such, dates and ISO 8601 text are converted."""
     if schema.time is None:
         return pa.nulls(table.num_rows, pa.float64())
-    column = table[schema.time].combine_chunks()
-    if pa.types.is_temporal(column.type):
+    column = plain(table[schema.time])
+    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         seconds = pl.Series("time", column).cast(pl.Datetime("us")).dt.timestamp("us").cast(pl.Float64) / 1e6
     elif pa.types.is_string(column.type):
         text = pl.Series("time", column, dtype=pl.String)
@@ -149,6 +154,6 @@ def _times(table: pa.Table, schema: Schema, checker: RowChecker) -> pa.Array:
             dates = text.str.to_datetime(time_unit="us", time_zone="UTC", strict=False, format=None, ambiguous="null")
             seconds = seconds.fill_null(dates.dt.timestamp("us").cast(pl.Float64) / 1e6)
     else:
-        seconds = pl.Series("time", column).cast(pl.Float64)
+        seconds = pl.Series("time", _numbers(table, schema.time, checker), dtype=pl.Float64)
     checker.reject(~(seconds.is_finite().fill_null(False)).to_numpy(), schema.time, "is no time")
     return seconds.to_arrow()

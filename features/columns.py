@@ -58,11 +58,9 @@ def canonical(table: pa.Table, field: CategoricalField | ListField | NumericFiel
     Raises:
         InputError: the column is absent, or of a type that can never hold such a field.
     """
-    column = table[field.name].combine_chunks() if field.name in table.column_names else None
-    if column is None:
+    if field.name not in table.column_names:
         raise InputError(f"column {field.name!r} is missing; there are {', '.join(table.column_names)}")
-    if isinstance(column, pa.ChunkedArray):  # what combine_chunks gives for an empty table
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    column = plain(table[field.name])
     if isinstance(field, CategoricalField):
         return Canonical(as_strings(column, field.name))
     if isinstance(field, ListField):
@@ -70,10 +68,21 @@ def canonical(table: pa.Table, field: CategoricalField | ListField | NumericFiel
     return as_numbers(column, field.name)
 
 
+def plain(column: pa.ChunkedArray) -> pa.Array:
+    """One array without the encodings that Arrow has for the same values: dictionary, large, view and fixed-size."""
+    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return array.cast(pa.string())
+    if pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return array.cast(pa.list_(kind.value_type))
+    return array
+
+
 def as_strings(column: pa.Array, name: str) -> pa.Array:
     """Text of any scalar column: whole floats lose their point (pandas turns 3 beside a null into 3.0), "" is null."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if pa.types.is_nested(column.type):
         raise InputError(f"column {name!r} holds {column.type}, which is not one value a row")
     if pa.types.is_floating(column.type):
@@ -92,29 +101,29 @@ def as_strings(column: pa.Array, name: str) -> pa.Array:
 
 def as_numbers(column: pa.Array, name: str) -> Canonical:
     """Doubles; NaN is missing, and text that is no finite number is bad."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if pa.types.is_string(column.type):
         text = pc.utf8_trim_whitespace(column)
         text = pc.if_else(pc.equal(text, ""), None, text)
         numbers = pl.Series(text, dtype=pl.String).cast(pl.Float64, strict=False).to_arrow()
-        bad_N = pc.and_(pc.is_valid(text), pc.invert(pc.fill_null(pc.is_finite(numbers), False)))
-        bad_N = bad_N.to_numpy(zero_copy_only=False)
+        bad = pc.and_(pc.is_valid(text), pc.invert(pc.fill_null(pc.is_finite(numbers), False)))
     else:
         try:
-            numbers = pc.cast(column, pa.float64())
+            numbers = pc.cast(column, pa.float64(), safe=False)  # integers above 2⁵³ lose their last digits
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise InputError(f"column {name!r} holds {column.type}, which is not numeric") from None
         numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
-        bad_N = pc.fill_null(pc.is_inf(numbers), False).to_numpy(zero_copy_only=False)
+        bad = pc.fill_null(pc.is_inf(numbers), False)
+    bad_N = bad.to_numpy(zero_copy_only=False)
     return Canonical(numbers, bad_N if bad_N.any() else None)
 
 
 def _as_lists(column: pa.Array, field: ListField) -> pa.Array:
     """list<string> without empty items, cut to max_length; an empty list is null."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        items = pl.Series("items", column).cast(pl.List(pl.String))
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if pa.types.is_list(column.type):
+        texts = as_strings(column.flatten(), field.name)
+        offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())])
+        items = pl.Series("items", pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts))
+    elif pa.types.is_string(column.type):
         text = pl.Series("items", column, dtype=pl.String)
         items = text.str.split(field.separator) if field.separator else text.reshape((-1, 1)).arr.to_list()
     elif pa.types.is_null(column.type):

@@ -12,7 +12,7 @@ from rich.console import Console
 from features.batches import BatchLoader, Share
 from features.checks import GROUP, LABEL
 from features.dataset import PreparedDataset
-from features.files import write_json
+from features.files import file_written_whole, write_json
 from features.metrics import score_metrics
 from masknet.model import MaskNet
 from serving.bundle import tables_of, write_bundle
@@ -63,7 +63,8 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
         result = _result(fitted, run, out, bundle.manifest["metrics"])
         _record(run, fitted, bundle.manifest["metrics"], out)
         result |= {"model_uri": run.register(bundle.path), "seconds": time.perf_counter() - started}
-        write_json(out / "result.json", result)
+        with file_written_whole(out / "result.json") as aside:
+            write_json(aside, result)
         return result
 
 
