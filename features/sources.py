@@ -19,7 +19,11 @@ _PACKED = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class BadRow:
-    """A raw row that is set aside: where it stands and which rule it breaks. `line` counts from 1."""
+    """A raw row that is set aside: where it stands and which rule it breaks.
+
+    `line` counts records from 1, a header included: the line in the file, unless there are blank lines or quoted newlines
+    before it.
+    """
 
     file: str
     line: int
@@ -72,8 +76,9 @@ def read_file(path: Path, schema: Schema) -> RawFile:
     if _kind(path) == "text":
         return _read_text(path, schema)
     try:
+        _require_distinct(path, pq.read_schema(path).names)
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"input {path} is not a readable Parquet file: {_one_line(error)}") from None
     return RawFile(path, table, pa.array(range(1, table.num_rows + 1), pa.int64()), [])
 
@@ -89,6 +94,7 @@ def _read_text(path: Path, schema: Schema) -> RawFile:
     layout = schema.csv
     try:
         names = _header(path, layout.separator) if layout.header else list(layout.columns)
+        _require_distinct(path, names)
         table = csv.read_csv(
             path,
             # one thread, or Arrow does not number the rows it sets aside
@@ -112,6 +118,12 @@ def _header(path: Path, separator: str) -> list[str]:
     if not names:
         raise InputError(f"input {path} is empty; its first line must name the columns")
     return names
+
+
+def _require_distinct(path: Path, names: list[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"input {path} has the column {twice[0]!r} twice")
 
 
 def _one_line(error: Exception) -> str:

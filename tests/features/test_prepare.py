@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -220,6 +221,20 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_bytes(b"user;price\n\xff\xfe;1\n")
     with pytest.raises(InputError, match=r"b\.csv cannot be read"):
         read_file(tmp_path / "b.csv", SCHEMA)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.csv has the column 'user' twice"):
+        read_file(write(tmp_path / "a.csv", ["user;user", "1;2"]), SCHEMA)
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["user", "user"])
+    pq.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet has the column 'user' twice"):
+        read_file(tmp_path / "b.parquet", SCHEMA)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfuser;price\r\nx;1\r\n")
+    assert read_file(tmp_path / "a.csv", SCHEMA).table.to_pydict() == {"user": ["x"], "price": ["1"]}
 
 
 def test_a_damaged_data_set_is_refused(tmp_path: Path) -> None:
