@@ -21,7 +21,7 @@ _PACKED = (".gz", ".zst")
 class BadRow:
     """A raw row that is set aside: where it stands and which rule it breaks.
 
-    `line` counts records from 1, a header included: the line in the file, unless there are blank lines or quoted newlines
+    `line` counts records from 1, a header included: the line in the file, unless blank lines or quoted newlines stand
     before it.
     """
 
