@@ -87,6 +87,12 @@ def check_sources(sources: list[str], schema: Schema, max_bad_rows: float) -> tu
     return table, bad_rows, files
 
 
+def groups_of(table: pa.Table) -> np.ndarray | None:
+    """The group of each row of a split, None for a row without one; None where the schema has no group."""
+    group = table[GROUP]
+    return None if group.null_count == len(group) else group.to_numpy()
+
+
 def quarantine_table(bad_rows: list[BadRow]) -> pa.Table:
     """Bad rows as a table: file, line, column, reason."""
     fields = [("file", pa.string()), ("line", pa.int64()), ("column", pa.string()), ("reason", pa.string())]

@@ -16,6 +16,8 @@ import pyarrow.compute as pc
 from features.errors import InputError
 from features.schema import CategoricalField, ListField, NumericField, Schema
 
+_EXACT = 2.0**53  # doubles hold every whole number below
+
 Rows: TypeAlias = pa.Table | pd.DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
 BoolN = npt.NDArray[np.bool_]
 
@@ -33,19 +35,27 @@ def as_table(rows: Rows) -> pa.Table:
         if isinstance(rows, pa.Table):
             return rows
         if isinstance(rows, pd.DataFrame):
-            return pa.Table.from_pandas(rows, preserve_index=False)
+            return pa.table({str(name): _frame_column(str(name), rows[name]) for name in rows.columns})
         if isinstance(rows, Mapping):
             return pa.table({name: _array(name, values) for name, values in rows.items()})
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: _array(name, [row.get(name) for row in rows]) for name in names})
-    except pa.ArrowInvalid as error:
-        raise InputError(f"rows do not form a table: {error}") from None
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"rows do not form a table: {' '.join(str(error).split())}") from None
+
+
+def _frame_column(name: str, column: "pd.Series[Any]") -> pa.Array:
+    if column.dtype != object:
+        return pa.array(column, from_pandas=True)
+    return _array(name, [None if value is pd.NA or value != value else value for value in column.tolist()])
 
 
 def _array(name: str, values: Sequence[Any]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         # A column that mixes 7 and "7" is legal for ids, which are compared as text.
         if all(value is None or isinstance(value, (str, int)) for value in values):
             return pa.array([None if value is None else str(value) for value in values], pa.string())
@@ -82,20 +92,25 @@ def plain(column: pa.ChunkedArray) -> pa.Array:
 
 
 def as_strings(column: pa.Array, name: str) -> pa.Array:
-    """Text of any scalar column: whole floats lose their point (pandas turns 3 beside a null into 3.0), "" is null."""
+    """Text of any scalar column: whole numbers lose their point, "" is null."""
     if pa.types.is_nested(column.type):
         raise InputError(f"column {name!r} holds {column.type}, which is not one value a row")
+    if pa.types.is_boolean(column.type):
+        return pc.if_else(column, "True", "False")  # as Python and pandas write them
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column)
-        whole = pc.and_(pc.equal(pc.round(column), column), pc.less(pc.abs(column), 2.0**53))
-        texts = pc.cast(column, pa.string())
+        whole = pc.and_(pc.equal(pc.round(column), column), pc.less(pc.abs(column), _EXACT))
+        if pc.any(pc.greater_equal(pc.abs(column), _EXACT)).as_py():
+            raise InputError(f"column {name!r} holds ids of 2^53 or more as {column.type}: digits are lost")
         integers = pc.cast(pc.if_else(whole, column, 0.0), pa.int64())
-        text = pc.if_else(whole, pc.cast(integers, pa.string()), texts)
-    else:
-        try:
-            text = pc.cast(column, pa.string())
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise InputError(f"column {name!r} holds {column.type}, which cannot be read as text") from None
+        return pc.if_else(whole, pc.cast(integers, pa.string()), pc.cast(column, pa.string()))
+    try:
+        text = pc.cast(column, pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(f"column {name!r} holds {column.type}, which cannot be read as text") from None
+    if pa.types.is_integer(column.type):
+        return text
+    text = pc.replace_substring_regex(text, r"^(-?\d+)\.0+$", r"\1")  # pandas writes 7 beside a null as 7.0
     return pc.if_else(pc.equal(text, ""), None, text)
 
 

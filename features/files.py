@@ -49,18 +49,27 @@ def read_json(path: Path, what: str) -> Any:
         raise InputError(f"{what}: {path} is damaged: {error}") from None
 
 
+def require_absent(target: Path) -> None:
+    """InputError if `target` is there already and is not an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} exists already; remove it or choose another folder")
+
+
 @contextmanager
 def folder_written_whole(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` only when the block ends without an error.
 
     Raises:
-        InputError: `target` exists and is not an empty folder; nothing is overwritten.
+        InputError: `target` exists and is not an empty folder, or cannot be made; nothing is overwritten.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists already; remove it or choose another folder")
+    require_absent(target)
+    target = target.absolute()
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}") from None
     try:
         yield aside
         aside.replace(target)

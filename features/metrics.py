@@ -76,8 +76,11 @@ def expected_calibration_error(label_N: FloatN, score_N: FloatN) -> float:
 
 
 def grouped_auc(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike) -> float | None:
-    """Mean of the AUCs within groups, weighted by rows; groups with one class only are left out (DIN, KDD 2018)."""
-    frame = pl.DataFrame({"label": label_N.astype(np.float64), "score": score_N, "group": group_N})
+    """Mean of the AUCs within groups, weighted by rows; groups with one class only are left out (DIN, KDD 2018).
+
+    Rows without a group (None) are left out too.
+    """
+    frame = pl.DataFrame({"label": label_N.astype(np.float64), "score": score_N, "group": group_N}).drop_nulls("group")
     ranks = pl.col("score").rank("average").over("group")
     positives, rows = pl.col("label").sum(), pl.len()
     groups = (

@@ -18,7 +18,6 @@ from features.errors import InputError
 from features.files import file_written_whole
 
 SCHEMA = Path(str(files("features.schemas") / "movielens.yaml"))
-TITLE = "title"
 ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 _WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
 _GENRES = [

@@ -91,6 +91,11 @@ class FeaturePipeline:
         """The same for columns that are canonical already."""
         return pa.table({f.name: f.encode(canonical_rows[f.name].combine_chunks()) for f in self.fields})
 
+    @property
+    def hides(self) -> bool:
+        """Whether `hide_some` changes anything."""
+        return any(getattr(field.spec, "unknown_rate", 0.0) > 0 for field in self.fields)
+
     def hide_some(self, encoded: pa.Table, seed: int) -> pa.Table:
         """Replace the share `unknown_rate` of each field's ids by the never-seen id, so that training learns it."""
         for index, field in enumerate(self.fields):

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from features.checks import FILE, GROUP, LABEL, LINE, TIME, WEIGHT, check_sources, quarantine_table
 from features.dataset import FORMAT, SPLITS
 from features.errors import InputError
-from features.files import folder_written_whole, hash_tree, sha256_file, write_json
+from features.files import folder_written_whole, hash_tree, require_absent, sha256_file, write_json
 from features.pipeline import FeaturePipeline
 from features.profile import profile
 from features.schema import Schema
-from features.sources import BadRow
+from features.sources import BadRow, refuse_twice
 
 ROW_GROUP = 65_536
 UNKNOWN_SEED = 1
@@ -84,15 +84,17 @@ def prepare(
         max_bad_rows: the largest share of bad rows that is set aside rather than refused.
         progress: called with the name of each stage as it starts.
     """
+    require_absent(out)
     bad_rows: list[BadRow] = []
-    files: dict[str, str] = {}
+    files: list[Path] = []
     tables: dict[str, pa.Table] = {}
     for name, paths in sources.items():
         progress(f"reading {name}")
         table, bad, found = check_sources(paths, schema, max_bad_rows)
         tables[name] = table.set_column(table.column_names.index(FILE), FILE, _shift(table[FILE], len(files)))
         bad_rows += bad
-        files |= {str(path): sha256_file(path) for path in found}
+        files += found
+        refuse_twice(files)
     if split:
         progress("splitting")
         tables = split.apply(tables["input"], schema)
@@ -129,11 +131,11 @@ def _write_split(folder: Path, canonical: pa.Table, encoded: pa.Table) -> None:
     pq.write_table(encoded, folder / "part-00000.parquet", row_group_size=ROW_GROUP, compression="zstd")
 
 
-def _manifest(schema: Schema, pipeline: FeaturePipeline, raw: dict[str, str], folder: Path) -> dict[str, Any]:
+def _manifest(schema: Schema, pipeline: FeaturePipeline, raw: list[Path], folder: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "schema": schema.model_dump(mode="json", exclude_unset=True),
         "pipeline_digest": pipeline.digest,
-        "raw_files": [{"path": path, "sha256": digest} for path, digest in raw.items()],
+        "raw_files": [{"path": str(path), "sha256": sha256_file(path)} for path in raw],
         "files": hash_tree(folder),
     }

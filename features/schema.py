@@ -22,6 +22,9 @@ _COMPARISONS: dict[str, Callable[[Any, float], Any]] = {
 _POSITIVE = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*(-?\d+(?:\.\d+)?)\s*")
 
 
+FieldName = Annotated[str, Field(min_length=1)]
+
+
 class Label(Frozen):
     """The column that says whether a row is a click: 0 or 1, or any number with a comparison in `positive`."""
 
@@ -51,15 +54,15 @@ class Csv(Frozen):
 
     @model_validator(mode="after")
     def _names_columns(self) -> "Csv":
-        if not self.header and not self.columns:
-            raise ValueError("columns must name the columns when header is false")
+        if self.header == bool(self.columns):
+            raise ValueError("columns must name the columns when header is false, and be left out when it is true")
         return self
 
 
 class _Ids(Frozen):
     """Keys shared by fields whose values are looked up (vocabulary) or hashed (hash)."""
 
-    name: str
+    name: FieldName
     encoder: Literal["vocabulary", "hash"] = "vocabulary"
     min_count: Annotated[int, Field(ge=1)] | None = None
     buckets: Annotated[int, Field(ge=1)] | None = None
@@ -95,7 +98,7 @@ class ListField(_Ids):
 class NumericField(Frozen):
     """A number, cut into equally filled buckets fitted on the training split."""
 
-    name: str
+    name: FieldName
     type: Literal["numeric"]
     encoder: Literal["quantile"] = "quantile"
     buckets: Annotated[int, Field(ge=2)] = 32
@@ -125,6 +128,8 @@ class Schema(Frozen):
         reserved = [name for name in names if name.startswith("_")]
         if reserved:
             raise ValueError(f"fields: {reserved[0]!r} starts with an underscore, which is kept for the data set")
+        if len(set(self.context)) < len(self.context):
+            raise ValueError("context names a field twice")
         strangers = [name for name in self.context if name not in names]
         if strangers:
             raise ValueError(f"context: {strangers[0]!r} is not a field; the fields are {', '.join(names)}")

@@ -2,11 +2,13 @@
 
 import glob
 import io
+from csv import Error as CsvError
 from csv import reader
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
@@ -15,6 +17,7 @@ from features.schema import Schema
 
 _TEXT = (".csv", ".tsv", ".txt")
 _PACKED = (".gz", ".zst")
+_SPANS = "a quoted value goes on over several lines: is a quotation mark missing or too many?"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def find_files(sources: list[str]) -> list[Path]:
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
+            inside = (file for file in path.rglob("*") if file.is_file())
+            files = sorted(file for file in inside if not _is_hidden(file.relative_to(path)))
         elif path.exists():
             files = [path]
         else:
@@ -59,10 +63,24 @@ def find_files(sources: list[str]) -> list[Path]:
         if not files:
             raise InputError(f"input {source} names no file")
         found.extend(files)
+    refuse_twice(found)
     for file in found:
         if _kind(file) is None:
             raise InputError(f"input {file} is neither .parquet nor {', '.join(_TEXT)} (plain, .gz or .zst)")
     return found
+
+
+def refuse_twice(files: list[Path]) -> None:
+    """InputError for a file that is named twice: its rows would count twice, or stand in two splits."""
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise InputError(f"input {file} is named twice")
+        seen.add(file.resolve())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)  # as Spark and Arrow have it
 
 
 def _kind(path: Path) -> str | None:
@@ -88,6 +106,8 @@ def _read_text(path: Path, schema: Schema) -> RawFile:
 
     def set_aside(row: csv.InvalidRow) -> str:
         reason = f"{row.actual_columns} columns where {row.expected_columns} were expected"
+        if "\n" in (row.text or ""):
+            reason = _SPANS
         bad_rows.append(BadRow(str(path), row.number or 0, "", reason))
         return "skip"
 
@@ -104,12 +124,25 @@ def _read_text(path: Path, schema: Schema) -> RawFile:
         )
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # Arrow's own and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, CsvError) as error:  # Arrow's own and UnicodeDecodeError are ValueErrors
         raise InputError(f"input {path} cannot be read as delimited text: {_one_line(error)}") from None
+    _refuse_rows_that_swallow_others(path, table, bad_rows)
     skipped = {bad.line for bad in bad_rows}
     first = 2 if layout.header else 1
     lines = [line for line in range(first, first + table.num_rows + len(skipped)) if line not in skipped]
     return RawFile(path, table, pa.array(lines, pa.int64()), bad_rows)
+
+
+def _refuse_rows_that_swallow_others(path: Path, table: pa.Table, bad_rows: list[BadRow]) -> None:
+    """A stray quotation mark makes one value of all rows up to the next one; they must not be lost in silence."""
+    for bad in bad_rows:
+        if bad.reason is _SPANS:
+            raise InputError(f"input {path}, line {bad.line}: {_SPANS}")
+    for name in table.column_names:
+        spanning = pc.match_substring(table[name], "\n")
+        if pc.any(spanning).as_py():
+            row = spanning.index(True).as_py()
+            raise InputError(f"input {path}, data row {row + 1}, column {name!r}: {_SPANS}")
 
 
 def _header(path: Path, separator: str) -> list[str]:

@@ -36,10 +36,11 @@ class MaskNet(nn.Module):
 
     def __init__(self, config: MaskNetConfig, tables: tuple[Table, ...], *, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self._names = [table.name for table in tables]
+        self.field_names = [table.name for table in tables]
         self._dim = config.embedding_dim
         self.embeddings = EmbeddingBagCollection(
-            tables=[_bag_config(table, config.embedding_dim) for table in tables], device=torch.device(device)
+            tables=[_bag_config(index, table, config.embedding_dim) for index, table in enumerate(tables)],
+            device=torch.device(device),
         )
         self.network = build_network(config, len(tables))
 
@@ -47,14 +48,19 @@ class MaskNet(nn.Module):
         """Logits [B] in fp32."""
         pooled = self.embeddings(ids)
         # By name: the order of the tensor's own values follows the sharding plan, not the fields.
-        emb_BD = KeyedTensor.regroup([pooled], [self._names])[0]
-        logit_B: torch.Tensor = self.network(emb_BD.view(-1, len(self._names), self._dim))
+        emb_BD = KeyedTensor.regroup([pooled], [self.field_names])[0]
+        logit_B: torch.Tensor = self.network(emb_BD.view(-1, len(self.field_names), self._dim))
         return logit_B.float()
 
 
-def _bag_config(table: Table, dim: int) -> EmbeddingBagConfig:
+def table_key(index: int) -> str:
+    """What TorchRec calls a field's table, as a module; the field's name may be no name for one ("type", "a.b")."""
+    return f"t{index:03d}"
+
+
+def _bag_config(index: int, table: Table, dim: int) -> EmbeddingBagConfig:
     return EmbeddingBagConfig(
-        name=table.name,
+        name=table_key(index),
         embedding_dim=dim,
         num_embeddings=table.rows,
         feature_names=[table.name],

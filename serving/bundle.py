@@ -23,13 +23,13 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema, load_schema
 from features.validation import validate
 from masknet.config import MaskNetConfig
-from masknet.model import MaskNet, Table
+from masknet.model import MaskNet, Table, table_key
 from serving.golden import GOLDEN_FILE, check_golden, make_golden
 from serving.scorer import Scorer
 
 FORMAT = 1
 _MANIFEST, _SEAL = "manifest.json", "manifest.sha256"
-_KEYS = {"format", "name", "model", "pipeline_digest", "run_id", "metrics", "files"}
+_KEYS = {"format", "name", "model", "schema_digest", "pipeline_digest", "run_id", "metrics", "files"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def write_bundle(
             "format": FORMAT,
             "name": name,
             "model": config.model_dump(mode="json"),
+            "schema_digest": sha256_file(folder / "schema.yaml"),
             "pipeline_digest": pipeline.digest,
             "run_id": run_id,
             "metrics": evaluate(scorer),
@@ -133,13 +134,18 @@ def load_bundle(path: Path) -> Bundle:
 def _verified_manifest(path: Path) -> dict[str, Any]:
     if not (path / _MANIFEST).is_file():
         raise InputError(f"{path} is no bundle: {_MANIFEST} is missing")
-    if not (path / _SEAL).is_file() or (path / _SEAL).read_bytes() != sha256_file(path / _MANIFEST).encode():
+    if not (path / _SEAL).is_file():
+        raise InputError(f"{path} is no bundle: {_SEAL} is missing")
+    if (path / _SEAL).read_bytes() != sha256_file(path / _MANIFEST).encode():
         raise InputError(f"bundle {path} is damaged: {_MANIFEST} does not match {_SEAL}")
     manifest = read_json(path / _MANIFEST, "bundle")
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
         raise InputError(f"bundle {path} is damaged: {_MANIFEST} lacks keys")
     if manifest["format"] > FORMAT:
         raise InputError(f"bundle {path} has format {manifest['format']}; this program reads up to {FORMAT}: update it")
+    strangers = hash_tree(path).keys() - manifest["files"].keys() - {_MANIFEST, _SEAL}
+    if strangers:
+        raise InputError(f"bundle {path} is damaged: {min(strangers)} is not in {_MANIFEST}")
     for file, digest in manifest["files"].items():
         if not (path / file).is_file():
             raise InputError(f"bundle {path} is damaged: {file} is missing")
@@ -157,9 +163,9 @@ def _load_scorer(path: Path, config: MaskNetConfig, pipeline: FeaturePipeline) -
     model = MaskNet(config, tables_of(pipeline))
     try:
         state = {f"network.{key}": value for key, value in load_file(member / "network.safetensors").items()}
-        for index, field in enumerate(pipeline.fields):
+        for index in range(len(pipeline.fields)):
             weight = load_file(_table_file(member, index))["weight"]
-            state[f"embeddings.embedding_bags.{field.name}.weight"] = weight
+            state[f"embeddings.embedding_bags.{table_key(index)}.weight"] = weight
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise InputError(f"bundle {path}: the weights do not fit the model: {' '.join(str(error).split())}") from None

@@ -69,16 +69,15 @@ def _top_k(value: Any) -> int:
 
 def _columns(data: Any, place: str, fields: dict[str, FieldSpec], given: dict[str, Any]) -> Columns:
     """Columns of checked values, from columns or from rows; fields in `given` must not be there, all others must."""
+    _require_at_most(MAX_ROWS, data, place)
     if isinstance(data, list):
         count, columns = len(data), _from_rows(data, place, fields)
     elif isinstance(data, dict):
         count, columns = _from_columns(data, place, fields)
     else:
         raise ApiError(422, "wrong_type", f"{place} must be an object of columns or an array of rows", place)
-    if count == 0:
+    if count == 0 or not columns:
         raise ApiError(422, "no_rows", f"{place} is empty", place)
-    if count > MAX_ROWS:
-        raise ApiError(413, "too_many_rows", f"{count} {place}; at most {MAX_ROWS} are taken at once", place)
     for name in fields:
         if name in columns and name in given:
             raise ApiError(422, "field_twice", f"field {name!r} is also in the context", f"{place}.{name}")
@@ -87,6 +86,14 @@ def _columns(data: Any, place: str, fields: dict[str, FieldSpec], given: dict[st
                 422, "missing_field", f"field {name!r} is missing; send null for no value", f"{place}.{name}"
             )
     return columns
+
+
+def _require_at_most(limit: int, data: Any, place: str) -> None:
+    """Before anything is looked at: a request above the limit costs no more than its parsing."""
+    parts = data.values() if isinstance(data, dict) else [data]
+    count = max((len(part) for part in parts if isinstance(part, list)), default=0)
+    if count > limit:
+        raise ApiError(413, "too_many_rows", f"{count} {place}; at most {limit} are taken at once", place)
 
 
 def _from_columns(data: dict[str, Any], place: str, fields: dict[str, FieldSpec]) -> tuple[int, Columns]:
@@ -134,7 +141,7 @@ def _value(field: FieldSpec, value: Any, location: str) -> Any:
     if value is None:
         return None
     if isinstance(field, NumericField):
-        return _checked(value, _is_number, "a finite number", location)
+        return float(_checked(value, _is_number, "a finite number", location))
     if isinstance(field, ListField):
         if isinstance(value, list):
             return [_text(item, f"{location}[{i}]") for i, item in enumerate(value)]

@@ -15,13 +15,13 @@ from starlette.types import Scope
 
 from features.errors import InputError
 from serving.api_errors import ApiError
-from serving.engine import RankingEngine
+from serving.engine import Ranked, RankingEngine
 from serving.openapi import describe
 from serving.requests import parse_predict, parse_rank
 
 MAX_BODY_BYTES = 16 * 2**20
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # all, so that a wrong one gets our body too
-_UI = ("/", "/static_content")  # BentoML's own pages, which are not this application's
+_UI = ("/", "/static_content/")  # BentoML's own pages, which are not this application's
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -68,14 +68,19 @@ async def _guarded(answer: Answer, verb: str | None, request: Request) -> Respon
 
 
 async def _rank(engine: RankingEngine, request: Request) -> Response:
-    asked = parse_rank(await _json_body(request), engine.schema)
-    best = await _compute(lambda: engine.rank(asked.context, asked.candidates, asked.top_k))
+    body = await _json_body(request)
+
+    def work() -> list[Ranked]:
+        asked = parse_rank(body, engine.schema)
+        return engine.rank(asked.context, asked.candidates, asked.top_k)
+
+    best = await _compute(work)
     return _json(engine, {"items": [{"index": item.index, "score": item.score} for item in best]})
 
 
 async def _predict(engine: RankingEngine, request: Request) -> Response:
-    columns = parse_predict(await _json_body(request), engine.schema)
-    score_N = await _compute(lambda: engine.predict(columns))
+    body = await _json_body(request)
+    score_N = await _compute(lambda: engine.predict(parse_predict(body, engine.schema)))
     return _json(engine, {"scores": score_N.tolist()})
 
 
@@ -110,7 +115,7 @@ async def _json_body(request: Request) -> bytes:
 
 
 async def _compute(work: Callable[[], T]) -> T:
-    """Run the model in a thread, so that health checks are answered meanwhile."""
+    """Parse and score in a thread, so that health checks are answered meanwhile."""
     try:
         return await anyio.to_thread.run_sync(work)
     except InputError as error:

@@ -153,8 +153,8 @@ def test_the_same_rows_score_the_same_everywhere(home: Home, served: tuple[str, 
     assert not re.search(r"<script|<link|@import|(?:src|href)=.https?:", report)
     client = mlflow.MlflowClient(home.store)
     run = json.loads((home.path / "run" / "result.json").read_text())["run_id"]
-    names = {artifact.path for artifact in client.list_artifacts(run, "report")}
-    assert names == {"report/report.html", "report/metrics.json"}
+    names = {artifact.path for artifact in client.list_artifacts(run, "report/test")}
+    assert names == {"report/test/report.html", "report/test/metrics.json"}
 
 
 def test_the_service_around_the_routes(served: tuple[str, subprocess.Popen[str]]) -> None:

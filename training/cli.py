@@ -169,7 +169,9 @@ def train(
     result = run_train(loaded, data, out, console)
     if result is not None:
         test = result["metrics"]["test"]
-        numbers = f"test auc {test['auc']:.4f}, logloss {test['logloss']:.4f}"
+        from training.report import number
+
+        numbers = f"test auc {number(test['auc'])}, logloss {number(test['logloss'])}"
         text = f"{result['bundle']}: {numbers}; registered as {result['model_uri']}, alias candidate"
         _answer(as_json, result, text)
 

@@ -30,7 +30,7 @@ def run_evaluate(
         evaluation = evaluate(bundle, rows_of_files(bundle, sources, max_bad_rows), {})
     out = out or Path("runs") / "evaluations" / f"{bundle.name}-{split}"
     report = write_report(evaluation, out)
-    attach_report(bundle.manifest["run_id"], out)
+    attach_report(bundle.manifest["run_id"], out, split)
     result = {
         "metrics": evaluation.metrics[MODEL],
         "baselines": {name: found for name, found in evaluation.metrics.items() if name != MODEL},

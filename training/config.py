@@ -10,6 +10,8 @@ from features.errors import InputError
 from features.validation import Frozen, load_yaml, validate
 from masknet.config import MaskNetConfig
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
+
 
 class DenseOptimizer(Frozen):
     """Optimizer of the network's weights."""
@@ -58,13 +60,13 @@ class TrackingConfig(Frozen):
     uri: str | None = Field(
         default=None, description="MLflow's address; by default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db"
     )
-    registered_model: str = Field(min_length=1, description="name in the model registry")
+    registered_model: str = Field(pattern=_NAME, description="name in the model registry")
 
 
 class Config(Frozen):
     """A whole training configuration."""
 
-    experiment: str = Field(min_length=1, description="MLflow experiment, and folder under runs/")
+    experiment: str = Field(pattern=_NAME, description="MLflow experiment, and folder under runs/")
     model: MaskNetConfig = MaskNetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

@@ -84,8 +84,8 @@ def run_demo(out: Path, console: Console) -> None:
 
 def _make_anew(out: Path) -> None:
     marker = out / "movielens.parquet"
-    if out.exists() and any(out.iterdir()) and not marker.exists():
-        raise InputError(f"{out} is not empty and not an earlier demo's folder; choose another --out")
+    if out.exists() and not (out.is_dir() and (marker.exists() or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is not an earlier demo's folder; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
 
 

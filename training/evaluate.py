@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.checks import GROUP, LABEL, check_sources
+from features.checks import GROUP, LABEL, check_sources, groups_of
 from features.dataset import PreparedDataset
-from features.encoders import FIRST
+from features.encoders import FIRST, Vocabulary
 from features.errors import InputError
 from features.files import file_written_whole, write_json
 from features.metrics import auc, score_metrics
@@ -45,6 +45,8 @@ class Evaluation:
 def rows_of_dataset(bundle: Bundle, dataset: PreparedDataset, split: str) -> Rows:
     """A split of prepared data; InputError unless it was encoded by the model's own pipeline."""
     dataset.require_pipeline(bundle.pipeline.digest, f"model {bundle.name}")
+    if split == "train" and dataset.pipeline.hides:
+        raise InputError("split train has hidden ids (unknown_rate), which no served row has: evaluate another")
     return Rows(dataset.split(split), f"{split} split of {dataset.path}")
 
 
@@ -62,10 +64,8 @@ def evaluate(bundle: Bundle, rows: Rows, baselines: Mapping[str, FloatN]) -> Eva
     label_N = rows.table[LABEL].to_numpy()
     if len(label_N) == 0:
         raise InputError(f"{rows.source} has no rows to evaluate")
-    group = rows.table[GROUP]
-    group_N = None if group.null_count == len(group) else group.to_numpy()
     scores: dict[str, FloatN] = {MODEL: bundle.scorer.score_encoded(rows.table), **baselines}
-    metrics = {name: score_metrics(label_N, score_N, group_N) for name, score_N in scores.items()}
+    metrics = {name: score_metrics(label_N, score_N, groups_of(rows.table)) for name, score_N in scores.items()}
     return Evaluation(
         bundle, rows.source, label_N, scores, metrics, _by_familiarity(bundle, rows.table, label_N, scores)
     )
@@ -74,8 +74,9 @@ def evaluate(bundle: Bundle, rows: Rows, baselines: Mapping[str, FloatN]) -> Eva
 def _by_familiarity(bundle: Bundle, table: pa.Table, label_N: FloatN, scores: dict[str, FloatN]) -> dict[str, Any]:
     """AUC for groups (users) that training knew and for new ones apart; {} unless the group is a field with ids."""
     group = bundle.schema.group
-    if group not in bundle.pipeline.names or pa.types.is_list(table[group].type):
-        return {}
+    field = next((field for field in bundle.pipeline.fields if field.name == group), None)
+    if field is None or not isinstance(field.encoder, Vocabulary) or field.spec.type == "list":
+        return {}  # only a vocabulary tells the known from the new
     known_N = table[group].to_numpy() >= FIRST
     parts = {f"known {group}": known_N, f"new {group}": ~known_N}
     return {

@@ -122,7 +122,7 @@ def _collect(dmp: DistributedModelParallel) -> Weights:
     task = unwrapped(dmp)
     assert isinstance(task, ClickTask)  # what `fit` was given
     network = {name: value.detach().cpu().clone() for name, value in task.model.network.state_dict().items()}
-    return Weights(network, gather_tables(dmp))
+    return Weights(network, gather_tables(dmp, task.model.field_names))
 
 
 class _Reporter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 
@@ -29,7 +29,7 @@ def render(evaluation: Evaluation) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("training"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters["number"] = _number
+    environment.filters["number"] = number
     label_N, scores = evaluation.label_N, evaluation.scores
     model = next(iter(scores))
     both = bool(label_N.min() != label_N.max())
@@ -49,7 +49,8 @@ def render(evaluation: Evaluation) -> str:
     )
 
 
-def _number(value: Any) -> str:
+def number(value: float | None) -> str:
+    """Four decimals, or a dash for what is not defined."""
     return "–" if value is None else f"{value:.4f}"
 
 

@@ -13,7 +13,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from masknet.model import Table, initial_rows
+from masknet.model import Table, initial_rows, table_key
 from training.config import OptimizerConfig, SparseOptimizer
 from training.distributed import World
 
@@ -44,7 +44,7 @@ def shard(
     constraint = ParameterConstraints(sharding_types=_sharding_types(optimizer.name))
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=world.size, compute_device=world.device.type),
-        constraints={table.name: constraint for table in tables},
+        constraints={table_key(index): constraint for index in range(len(tables))},
     )
     group = dist.group.WORLD
     assert group is not None  # join_world has made it
@@ -57,17 +57,19 @@ def shard(
 def initialize_tables(dmp: DistributedModelParallel, tables: tuple[Table, ...], dim: int, seed: int) -> None:
     """Give every shard its slice of the table's seeded initial rows, so that the start does not depend on the plan."""
     shards = _sharded_tables(dmp)
-    for table in tables:
+    for index, table in enumerate(tables):
         rows = initial_rows(table, dim, seed)
-        for local in shards[table.name].local_shards():
+        for local in shards[table_key(index)].local_shards():
             (row, column), (height, width) = local.metadata.shard_offsets, local.metadata.shard_sizes
             local.tensor.detach().copy_(rows[row : row + height, column : column + width])
 
 
-def gather_tables(dmp: DistributedModelParallel) -> dict[str, torch.Tensor]:
+def gather_tables(dmp: DistributedModelParallel, fields: list[str]) -> dict[str, torch.Tensor]:
     """Whole tables by field name on rank 0, and nothing elsewhere; every rank must call this."""
     full: dict[str, torch.Tensor] = {}
-    for name, sharded in _sharded_tables(dmp).items():
+    shards = _sharded_tables(dmp)
+    for index, name in enumerate(fields):
+        sharded = shards[table_key(index)]
         out = torch.empty(sharded.size()) if dist.get_rank() == 0 else None
         sharded.gather(dst=0, out=out)
         if out is not None:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from training.evaluate import Evaluation
+from training.report import number
 
 _METRICS = {
     "auc": "AUC",
@@ -23,9 +24,9 @@ def metrics_table(evaluation: Evaluation) -> Table:
     for scorer in evaluation.metrics:
         table.add_column(scorer, justify="right")
     for name, title in _METRICS.items():
-        table.add_row(title, *(_number(found[name]) for found in evaluation.metrics.values()))
+        table.add_row(title, *(number(found[name]) for found in evaluation.metrics.values()))
     for part, facts in evaluation.by_familiarity.items():
-        table.add_row(f"AUC, {part} ({facts['rows']:,} rows)", *(_number(value) for value in facts["auc"].values()))
+        table.add_row(f"AUC, {part} ({facts['rows']:,} rows)", *(number(value) for value in facts["auc"].values()))
     return table
 
 
@@ -45,7 +46,3 @@ def profile_table(profile: dict[str, Any]) -> Table:
 
 def _share(facts: dict[str, Any], kind: str) -> str:
     return f"{100 * facts[kind] / facts['values']:4.1f} %" if facts["values"] else "–"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ from training.config import Config
 
 CANDIDATE = "candidate"
 _FLUSH_STEPS = 50  # a metric costs about 0.3 ms in a batch and ten times that alone
+# What loading a bundle imports beside this package, which has to be installed where a model is loaded.
+_NEEDS = (
+    "mlflow",
+    "torch",
+    "torchrec",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "pydantic",
+    "safetensors",
+    "xxhash",
+)
 _BATCH_LIMIT = 1000  # metrics that MLflow takes at once
 
 
@@ -57,15 +70,14 @@ class Run:
             name="model",
             python_model=spec.origin,
             artifacts={BUNDLE_ARTIFACT: str(bundle)},
-            pip_requirements=["masknet"],
+            pip_requirements=[f"{name}=={version(name)}" for name in _NEEDS],
         )
         name = self._config.tracking.registered_model
         if not self._client.search_registered_models(f"name = '{name}'"):
             self._client.create_registered_model(name)
         made = self._client.create_model_version(name, info.model_uri, self.run_id, model_id=info.model_id)
-        version = str(made.version)
-        self._client.set_registered_model_alias(name, CANDIDATE, version)
-        uri = f"models:/{name}/{version}"
+        self._client.set_registered_model_alias(name, CANDIDATE, str(made.version))
+        uri = f"models:/{name}/{made.version}"
         self._client.set_tag(self.run_id, VERSION_TAG, uri)
         return uri
 
@@ -92,15 +104,11 @@ def track(config: Config, data: dict[str, Any]) -> Iterator[Run]:
         yield run
 
 
-def attach_report(run_id: str | None, folder: Path) -> bool:
-    """Store an evaluation's files under the run that trained the model; False where that run is not known here."""
-    if run_id is None:
-        return False
-    try:
-        mlflow.MlflowClient().log_artifacts(run_id, str(folder), "report")
-    except MlflowException:
-        return False
-    return True
+def attach_report(run_id: str | None, folder: Path, split: str) -> None:
+    """Store an evaluation's files under the run that trained the model, where that run is known here."""
+    if run_id is not None:
+        with suppress(MlflowException):  # a bundle's folder may have come from elsewhere
+            mlflow.MlflowClient().log_artifacts(run_id, str(folder), f"report/{split}")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

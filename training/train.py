@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 
 from features.batches import BatchLoader, Share
-from features.checks import GROUP, LABEL
+from features.checks import LABEL, groups_of
 from features.dataset import PreparedDataset
+from features.errors import InputError
 from features.files import file_written_whole, write_json
 from features.metrics import score_metrics
 from masknet.model import MaskNet
+from masknet.networks import build_network
 from serving.bundle import tables_of, write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
@@ -41,6 +43,7 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
     started = time.perf_counter()
     dataset = PreparedDataset.open(data)
     splits = {name: dataset.split(name) for name in ("train", "valid", "test")}
+    _require_trainable(config, dataset, splits)
     with join_world() as world, ExitStack() as stack:
         run, observer = _reporting(config, dataset, world, console, stack)
         fitted = _fit(config, dataset, splits, world, observer)
@@ -66,6 +69,18 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
         with file_written_whole(out / "result.json") as aside:
             write_json(aside, result)
         return result
+
+
+def _require_trainable(config: Config, dataset: PreparedDataset, splits: dict[str, pa.Table]) -> None:
+    """InputError for what would otherwise be noticed in the middle, or at the end, of training."""
+    label_N = splits["valid"][LABEL].to_numpy()
+    if config.train.early_stop.metric == "auc" and label_N.min() == label_N.max():
+        raise InputError("train.early_stop.metric auc needs both classes in the validation split, which has one only")
+    try:
+        with torch.device("meta"):
+            build_network(config.model, len(dataset.pipeline.fields))
+    except ValueError as error:
+        raise InputError(f"config: model: {error}") from None
 
 
 def _reporting(
@@ -101,9 +116,7 @@ def _split_metrics(scorer: Scorer, splits: dict[str, pa.Table]) -> dict[str, dic
     metrics = {}
     for name in ("valid", "test"):
         table = splits[name]
-        group = table[GROUP]
-        group_N = None if group.null_count == len(group) else group.to_numpy()
-        metrics[name] = score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), group_N)
+        metrics[name] = score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
     return metrics
 
 

@@ -1,6 +1,7 @@
 """Encoders and the pipeline: ids against values worked out by hand, and the same ids from every kind of input."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_every_kind_of_input_encodes_alike(pipeline: FeaturePipeline) -> None:
     rows = [dict(zip(names, values, strict=True)) for values in zip(*COLUMNS.values(), strict=True)]
     assert pipeline.encode(rows).equals(expected)
     assert pipeline.encode(pd.DataFrame(COLUMNS)).equals(expected)
+    assert pipeline.encode(pd.DataFrame(COLUMNS, dtype=object)).equals(expected)
     assert pipeline.encode(pa.table(COLUMNS)).equals(expected)
     as_text = {name: [None if v is None else str(v) for v in values] for name, values in COLUMNS.items()}
     assert pipeline.encode(as_text).equals(expected)
@@ -138,7 +140,13 @@ def test_numbers_as_ids_are_the_same_as_their_text() -> None:
     assert as_strings(pa.array([7.0, None, 12.0]), "c").to_pylist() == expected
     assert as_strings(pa.array([7.0, float("nan"), 12.0]), "c").to_pylist() == expected
     assert as_strings(pa.array(["7", "", "12"]), "c").to_pylist() == expected
-    assert as_strings(pa.array([2.5, 1e300]), "c").to_pylist() == ["2.5", "1e+300"]
+    assert as_strings(pa.array(["7.0", "", "12.00"]), "c").to_pylist() == expected
+    assert as_strings(pa.array([Decimal("7.00"), None, Decimal("12.00")]), "c").to_pylist() == expected
+    assert as_strings(pa.array(["7.5", "v1.0", "-3.0", "."]), "c").to_pylist() == ["7.5", "v1.0", "-3", "."]
+    assert as_strings(pa.array([2.5, -0.25]), "c").to_pylist() == ["2.5", "-0.25"]
+    assert as_strings(pa.array([True, None, False]), "c").to_pylist() == ["True", None, "False"]
+    with pytest.raises(InputError, match="digits are lost"):
+        as_strings(pa.array([2.0**53 + 2, None]), "c")
 
 
 def test_numbers_from_text() -> None:

@@ -49,6 +49,12 @@ def test_grouped_auc_is_the_weighted_mean_of_the_groups() -> None:
     assert metrics.grouped_auc(LABEL, SCORE, GROUP) == pytest.approx(total / rows, abs=1e-12)
 
 
+def test_rows_without_a_group_are_left_out_of_grouped_auc() -> None:
+    label, score = np.array([1.0, 0, 1, 0]), np.array([0.9, 0.1, 0.2, 0.8])
+    group = np.array(["u", "u", None, None], dtype=object)
+    assert metrics.grouped_auc(label, score, group) == 1.0
+
+
 def test_normalized_entropy_and_calibration_by_hand() -> None:
     label, score = np.array([1.0, 0, 0, 1]), np.array([0.8, 0.4, 0.2, 0.6])
     own = -(math.log(0.8) + math.log(0.6) + math.log(0.8) + math.log(0.6)) / 4

@@ -89,7 +89,8 @@ def test_given_splits_and_several_files(tmp_path: Path) -> None:
     first = write(tmp_path / "a.csv", LINES[:31])
     second = write(tmp_path / "b.csv", [LINES[0], *LINES[31:61]])
     other = write(tmp_path / "c.csv", [LINES[0], *LINES[61:]])
-    sources = {"train": [str(first), str(second)], "valid": [str(other)], "test": [str(other)]}
+    last = write(tmp_path / "d.csv", [LINES[0], *LINES[61:]])
+    sources = {"train": [str(first), str(second)], "valid": [str(other)], "test": [str(last)]}
     prepare(SCHEMA, sources, tmp_path / "data")
     train = PreparedDataset.open(tmp_path / "data").split("train")
     assert train["_file"].to_pylist() == [0] * 30 + [1] * 30
@@ -230,6 +231,33 @@ def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     pq.write_table(twice, tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet has the column 'user' twice"):
         read_file(tmp_path / "b.parquet", SCHEMA)
+
+
+@pytest.mark.parametrize("rows", [(500,), (500, 700)])
+def test_a_stray_quotation_mark_is_told_and_swallows_nothing(tmp_path: Path, rows: tuple[int, ...]) -> None:
+    lines = [LINES[0]] + [f"u;{n};t;5;{n};1" for n in range(1000)]
+    for row in rows:
+        lines[row] = '"' + lines[row]
+    with pytest.raises(InputError, match=r"a\.csv.*over several lines"):
+        run(write(tmp_path / "a.csv", lines), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.csv", LINES))
+    by_glob = str(tmp_path / "*.csv")
+    with pytest.raises(InputError, match=r"a\.csv is named twice"):
+        prepare(SCHEMA, {"train": [path], "valid": [by_glob], "test": [path]}, tmp_path / "data")
+    with pytest.raises(InputError, match=r"a\.csv is named twice"):
+        prepare(SCHEMA, {"input": [path, by_glob]}, tmp_path / "data", split=SplitRule.parse("time:0.8,0.1,0.1"))
+
+
+def test_hidden_folders_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", LINES)
+    for hidden in (".checkpoints", "_tmp"):
+        (tmp_path / hidden).mkdir()
+        write(tmp_path / hidden / "b.csv", LINES)
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.csv"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_path: Path) -> None:

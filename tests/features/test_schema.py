@@ -58,6 +58,9 @@ def test_label_comparison(tmp_path: Path, positive: str, value: float, expected:
         ("type: categorical", "type: categorical, encoder: hash, buckets: 9, min_count: 3", "min_count belongs"),
         ("type: categorical", "type: class", "class"),
         ("name: shop", "name: shop\ncsv: {header: false}", "columns must name"),
+        ("name: shop", "name: shop\ncsv: {columns: [a]}", "be left out when it is true"),
+        ("context: [user]", "context: [user, user]", "names a field twice"),
+        ("name: tags", 'name: ""', "fields.1"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_file_and_the_key(tmp_path: Path, old: str, new: str, told: str) -> None:

@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from masknet.blocks import InstanceGuidedMask, MaskBlock
 from masknet.config import MaskNetConfig
-from masknet.model import MaskNet, Table
+from masknet.model import MaskNet, Table, table_key
 from masknet.networks import ParallelMaskNet, SerialMaskNet, build_network
 from masknet.norms import NORMS, make_norm
 
@@ -361,7 +361,7 @@ def looked_up(model: MaskNet, tables: tuple[Table, ...] = TABLES) -> torch.Tenso
     """Embeddings [B, F, d] by hand: in the order of the tables, a list's rows summed or averaged, an empty one 0."""
     out = np.zeros((len(IDS["ad"]), len(tables), D_FIELD))
     for f, table in enumerate(tables):
-        weight = model.embeddings.embedding_bags[table.name].weight.detach().double().numpy()
+        weight = model.embeddings.embedding_bags[table_key(f)].weight.detach().double().numpy()
         for b, bag in enumerate(IDS[table.name]):
             for row in bag:
                 out[b, f] += weight[row] / (len(bag) if table.pooling == "mean" else 1)
@@ -429,7 +429,8 @@ def test_gradients_reach_the_rows_that_were_looked_up() -> None:
     model = a_model(configured())
     model(batch(IDS)).sum().backward()
     for name, bags in IDS.items():
-        rows = model.embeddings.embedding_bags[name].weight.grad.abs().sum(dim=1).nonzero().flatten().tolist()
+        key = table_key(model.field_names.index(name))
+        rows = model.embeddings.embedding_bags[key].weight.grad.abs().sum(dim=1).nonzero().flatten().tolist()
         assert rows == sorted({row for bag in bags for row in bag})
 
 

@@ -59,6 +59,12 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         load_bundle(copy)
 
 
+def test_a_stranger_among_the_files_is_named(copy: Path) -> None:
+    (copy / "members" / "00" / "extra.bin").write_text("x")
+    with pytest.raises(InputError, match=r"extra\.bin is not in manifest\.json"):
+        load_bundle(copy)
+
+
 def test_no_bundle_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is no bundle: manifest\.json is missing"):
         load_bundle(tmp_path)

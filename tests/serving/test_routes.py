@@ -112,6 +112,7 @@ def test_model_tells_version_metrics_and_schema(client: TestClient, bundle: Bund
         ({"candidates": []}, "no_rows", "candidates"),
         ({"candidates": {}}, "no_rows", "candidates"),
         ({"candidates": {name: [] for name in CANDIDATES}}, "no_rows", "candidates"),
+        ({"candidates": [{}, {}]}, "no_rows", "candidates"),
         ({"top_k": 0}, "wrong_type", "top_k"),
         ({"top_k": 2.0}, "wrong_type", "top_k"),
         ({"top_k": True}, "wrong_type", "top_k"),
@@ -134,6 +135,8 @@ def test_too_many_candidates(client: TestClient) -> None:
     many = {name: [values[0]] * 5001 for name, values in CANDIDATES.items()}
     found = error(client, "/rank", {"context": CONTEXT, "candidates": many}, 413)
     assert found["code"] == "too_many_rows"
+    wrong = error(client, "/rank", {"context": CONTEXT, "candidates": many | {"year": ["x"] * 5001}}, 413)
+    assert wrong["code"] == "too_many_rows"
     most = {name: values[:5000] for name, values in many.items()}
     assert client.post("/rank", json={"context": CONTEXT, "candidates": most}).status_code == 200
 
@@ -152,6 +155,12 @@ def test_a_number_too_large_for_a_double_is_refused(client: TestClient) -> None:
     answer = client.post("/rank", content=body, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 422)
     assert set(answer.json()["error"]) == {"code", "message", "location"}
+
+
+def test_numbers_of_any_size_and_kind_go_together(client: TestClient) -> None:
+    years = [2.5, 1152921504606846977, 9223372036854775808, 1]
+    body = {"context": CONTEXT, "candidates": CANDIDATES | {"year": years}}
+    assert client.post("/rank", json=body).status_code == 200
 
 
 def test_huge_integers_are_ids_like_any_other(client: TestClient) -> None:

@@ -16,7 +16,7 @@ from features.dataset import PreparedDataset
 from features.errors import InputError
 from features.prepare import SplitRule, prepare
 from features.schema import Schema
-from masknet.model import Table, initial_rows
+from masknet.model import Table, initial_rows, table_key
 from serving.bundle import Bundle, load_bundle
 from serving.models import locate
 from training.baselines import baseline_scores
@@ -81,10 +81,10 @@ def test_an_interaction_is_learned(
 
 def test_tables_are_trained_and_unseen_rows_are_not(bundle: Bundle, dataset: PreparedDataset, config: Config) -> None:
     """The trap: tables that the planner places as data_parallel would silently keep their first values."""
-    for field in dataset.pipeline.fields:
+    for index, field in enumerate(dataset.pipeline.fields):
         table = Table(name=field.name, rows=field.encoder.num_ids, pooling=field.pooling)
         before = initial_rows(table, config.model.embedding_dim, config.train.seed)
-        after = dict(bundle.scorer.model.named_parameters())[f"embeddings.embedding_bags.{field.name}.weight"]
+        after = dict(bundle.scorer.model.named_parameters())[f"embeddings.embedding_bags.{table_key(index)}.weight"]
         column = dataset.split("train")[field.name].combine_chunks()
         used = np.unique((column.values if field.spec.type == "list" else column).to_numpy())
         moved = (after.detach() != before).any(dim=1).numpy()
@@ -150,6 +150,38 @@ def test_one_run_holds_parameters_metrics_data_and_model(bundle_path: Path, conf
     assert client.get_model_version_by_alias("movielens-ranker", "candidate").run_id == result["run_id"]
 
 
+def test_field_names_that_are_no_module_names(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchRec names modules after tables; a column called "type" is common."""
+    monkeypatch.chdir(tmp_path)
+    names = ["type", "items", "a.b", "é è"]
+    random = np.random.default_rng(0)
+    columns = {name: random.integers(0, 4, 600) for name in names}
+    pd.DataFrame(columns | {"y": random.integers(0, 2, 600)}).to_parquet(tmp_path / "rows.parquet")
+    fields = [{"name": name, "type": "categorical"} for name in names]
+    schema = Schema.model_validate({"name": "odd", "label": {"column": "y"}, "fields": fields})
+    prepare(schema, {"input": ["rows.parquet"]}, tmp_path / "data", split=SplitRule.parse("random:0.8,0.1,0.1"))
+    result = train(small(tmp_path, "train.epochs=1"), tmp_path / "data", tmp_path / "out", QUIET)
+    assert result is not None
+    assert load_bundle(Path(result["bundle"])).pipeline.names == tuple(names)
+
+
+def test_what_would_fail_late_is_told_before_training(config: Config, planted_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reduction_ratio 0\.01 leaves no aggregation unit"):
+        train(small(tmp_path, "model.reduction_ratio=0.01"), planted_data, tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_split_with_hidden_ids_is_not_evaluated(bundle: Bundle, dataset: PreparedDataset) -> None:
+    with pytest.raises(InputError, match="split train has hidden ids"):
+        rows_of_dataset(bundle, dataset, "train")
+
+
+@pytest.mark.parametrize("alias", ["", "v1", "latest", "a b"])
+def test_aliases_that_the_registry_keeps_for_itself(config: Config, alias: str) -> None:
+    with pytest.raises(InputError, match="alias"):
+        promote("models:/movielens-ranker/1", alias)
+
+
 def test_model_names(bundle_path: Path) -> None:
     run_id = load_bundle(bundle_path).manifest["run_id"]
     for name in ("models:/movielens-ranker@candidate", "models:/movielens-ranker/1", run_id, f"runs:/{run_id}"):
@@ -190,6 +222,11 @@ def test_promotion_records_who_replaced_whom(
     assert str(client.get_model_version_by_alias("movielens-ranker", "best").version) == version
     assert client.get_model_version("movielens-ranker", version).tags["masknet.best.replaced"] == "1"
     assert client.get_model_version("movielens-ranker", "1").tags["masknet.best.replaced_by"] == version
+    back = promote("models:/movielens-ranker/1", "best")
+    assert back["replaced"] == result["model_uri"]
+    tags = client.get_model_version("movielens-ranker", "1").tags
+    assert tags["masknet.best.replaced"] == version
+    assert not {"masknet.best.until", "masknet.best.replaced_by"} & tags.keys()
     client.set_registered_model_alias("movielens-ranker", "candidate", "1")  # as the other tests expect it
     with pytest.raises(InputError, match="is a folder"):
         promote(str(bundle_path))
