@@ -24,8 +24,7 @@ _SPANS = "a quoted value goes on over several lines: is a quotation mark missing
 class BadRow:
     """A raw row that is set aside: where it stands and which rule it breaks.
 
-    `line` counts records from 1, a header included: the line in the file, unless blank lines or quoted newlines stand
-    before it.
+    `line` counts records from 1, a header included: the line in the file, unless blank lines stand before it.
     """
 
     file: str
@@ -136,7 +135,7 @@ def _read_text(path: Path, schema: Schema) -> RawFile:
 def _refuse_rows_that_swallow_others(path: Path, table: pa.Table, bad_rows: list[BadRow]) -> None:
     """A stray quotation mark makes one value of all rows up to the next one; they must not be lost in silence."""
     for bad in bad_rows:
-        if bad.reason is _SPANS:
+        if bad.reason == _SPANS:
             raise InputError(f"input {path}, line {bad.line}: {_SPANS}")
     for name in table.column_names:
         spanning = pc.match_substring(table[name], "\n")

@@ -143,13 +143,14 @@ def _verified_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"bundle {path} is damaged: {_MANIFEST} lacks keys")
     if manifest["format"] > FORMAT:
         raise InputError(f"bundle {path} has format {manifest['format']}; this program reads up to {FORMAT}: update it")
-    strangers = hash_tree(path).keys() - manifest["files"].keys() - {_MANIFEST, _SEAL}
+    found = hash_tree(path)
+    strangers = found.keys() - manifest["files"].keys() - {_MANIFEST, _SEAL}
     if strangers:
         raise InputError(f"bundle {path} is damaged: {min(strangers)} is not in {_MANIFEST}")
     for file, digest in manifest["files"].items():
-        if not (path / file).is_file():
+        if file not in found:
             raise InputError(f"bundle {path} is damaged: {file} is missing")
-        if sha256_file(path / file) != digest:
+        if found[file] != digest:
             raise InputError(f"bundle {path} is damaged: the SHA-256 of {file} is not the one in {_MANIFEST}")
     return manifest
 

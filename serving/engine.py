@@ -10,8 +10,7 @@ import pyarrow as pa
 from features.columns import Rows, as_table
 from features.errors import InputError
 from features.schema import Schema
-from serving.bundle import Bundle, load_bundle
-from serving.models import locate
+from serving.bundle import Bundle
 from serving.scorer import ScoreN
 
 
@@ -29,13 +28,6 @@ class RankingEngine:
     def __init__(self, bundle: Bundle, version: str) -> None:
         self.bundle = bundle
         self.version = version
-
-    @classmethod
-    def load(cls, model: str) -> "RankingEngine":
-        """Locate and verify a bundle; see `serving.models.locate` and `serving.bundle.load_bundle` for the errors."""
-        located = locate(model)
-        bundle = load_bundle(located.path)
-        return cls(bundle, located.version or bundle.digest[:12])
 
     @property
     def name(self) -> str:

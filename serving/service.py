@@ -11,8 +11,7 @@ import bentoml
 from serving.bundle import load_bundle
 from serving.engine import RankingEngine
 from serving.routes import create_app
-
-BUNDLE_VARIABLE, VERSION_VARIABLE, WORKERS_VARIABLE = "MASKNET_BUNDLE", "MASKNET_VERSION", "MASKNET_WORKERS"
+from serving.start import BUNDLE_VARIABLE, VERSION_VARIABLE, WORKERS_VARIABLE
 
 app = create_app()
 
@@ -29,4 +28,4 @@ class MaskNetService:
 
     def __init__(self) -> None:
         bundle = load_bundle(Path(os.environ[BUNDLE_VARIABLE]))
-        app.state.engine = RankingEngine(bundle, os.environ.get(VERSION_VARIABLE) or bundle.digest[:12])
+        app.state.engine = RankingEngine(bundle, os.environ[VERSION_VARIABLE])

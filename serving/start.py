@@ -13,6 +13,8 @@ from serving.bundle import Bundle, load_bundle
 from serving.golden import GOLDEN_FILE
 from serving.models import locate
 
+# How the server's workers learn what to load.
+BUNDLE_VARIABLE, VERSION_VARIABLE, WORKERS_VARIABLE = "MASKNET_BUNDLE", "MASKNET_VERSION", "MASKNET_WORKERS"
 SERVICE = "serving.service:MaskNetService"
 
 
@@ -30,9 +32,9 @@ def start(model: str, *, host: str, port: int, workers: int) -> NoReturn:
     sys.stdout.flush()
     environment = {
         **os.environ,
-        "MASKNET_BUNDLE": str(located.path.resolve()),
-        "MASKNET_VERSION": located.version or bundle.digest[:12],
-        "MASKNET_WORKERS": str(workers),
+        BUNDLE_VARIABLE: str(located.path.resolve()),
+        VERSION_VARIABLE: located.version or bundle.digest[:12],
+        WORKERS_VARIABLE: str(workers),
         "BENTOML_DO_NOT_TRACK": "True",
     }
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]

@@ -156,11 +156,10 @@ def train(
     loaded = load_config(config, set or [])
     if out and (out / "bundle").exists():
         raise InputError(f"{out / 'bundle'} exists already; choose another --out")
-    if not is_worker():
+    if nproc > 1 and not is_worker():
         from features.dataset import PreparedDataset
 
-        PreparedDataset.open(data)  # a wrong path is told before anything slow, and once
-    if nproc > 1 and not is_worker():
+        PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
         same = ["train", str(config), "--data", str(data), *(["--out", str(out)] if out else [])]
         same += [word for override in set or [] for word in ("--set", override)] + (["--json"] if as_json else [])
         sys.exit(run_processes(nproc, same))
