@@ -1,10 +1,10 @@
-"""Encoded rows into batches for TorchRec, the same rows in the same order whatever the number of ranks.
+"""Encoded rows as TorchRec's input.
 
-Legend: N rows of a split, B rows of a rank's batch, F fields.
+Legend: N rows of a table, B rows of a batch, F fields with ids, V fields with values.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,149 +14,158 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from features.checks import LABEL, WEIGHT
-from features.errors import InputError
-
-_PARTS = 8  # an epoch's last batch is at least this part of a whole one
+from features.pipeline import Layout
 
 IndexB = npt.NDArray[np.int64]
 
 
-@dataclass
-class Batch(Pipelineable):
-    """One rank's share of a step. `weight_B` sums to the number of ranks over all ranks (see `BatchLoader`)."""
+class Inputs(NamedTuple):
+    """What a model reads: ids field by field, values [B, V] with 0 for missing, and 1 where a value is missing."""
 
     ids: KeyedJaggedTensor
+    values_BV: torch.Tensor
+    missing_BV: torch.Tensor
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One rank's share of a step. `weight_B` sums to the number of ranks over all ranks (see `features.loader`)."""
+
+    ids: KeyedJaggedTensor
+    values_BV: torch.Tensor
+    missing_BV: torch.Tensor
     label_B: torch.Tensor
     weight_B: torch.Tensor
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.ids, self.values_BV, self.missing_BV)
+
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        return Batch(
-            self.ids.to(device=device, non_blocking=non_blocking),
-            self.label_B.to(device=device, non_blocking=non_blocking),
-            self.weight_B.to(device=device, non_blocking=non_blocking),
-        )
+        return Batch(*(part.to(device=device, non_blocking=non_blocking) for part in self._parts()))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        self.ids.record_stream(stream)
-        self.label_B.record_stream(stream)
-        self.weight_B.record_stream(stream)
+        for part in self._parts():
+            part.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
-        return Batch(self.ids.pin_memory(), self.label_B.pin_memory(), self.weight_B.pin_memory())
+        return Batch(*(part.pin_memory() for part in self._parts()))
+
+    def _parts(self) -> list[torch.Tensor | KeyedJaggedTensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class _Ragged(NamedTuple):
+    """A list field's ids: `values[offsets[i]:offsets[i + 1]]` are row i's."""
+
+    values: npt.NDArray[np.int32]
+    offsets: IndexB
+
+    def take(self, row_B: IndexB) -> "_Ragged":
+        length_B = self.offsets[row_B + 1] - self.offsets[row_B]
+        ends = np.cumsum(length_B)
+        place = np.arange(length_B.sum()) + np.repeat(self.offsets[row_B] - (ends - length_B), length_B)
+        return _Ragged(self.values[place], np.concatenate([[0], ends]))
 
 
 class EncodedRows:
-    """Encoded fields of N rows in memory, ready to be gathered into `KeyedJaggedTensor`s."""
+    """Encoded fields of N rows in memory, ready to be gathered. Single ids stand row by row: a gather reads lines."""
 
-    def __init__(self, table: pa.Table, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.num_rows: int = table.num_rows
-        self._columns = [_ragged(table[name]) for name in names]
+    def __init__(self, layout: Layout, single_NF: torch.Tensor, ragged: dict[str, _Ragged], values: "Values") -> None:
+        self.layout = layout
+        self._single_NF, self._ragged, self._values = single_NF, ragged, values
+        self._singles = [name for name in layout.ids if name not in ragged]
 
-    def gather(self, row_B: IndexB) -> KeyedJaggedTensor:
-        """The ids of the given rows, field by field in the order of `names`."""
-        values, lengths = [], []
-        for ids, offsets in self._columns:
-            if offsets is None:
-                values.append(ids[row_B])
-                lengths.append(np.ones(len(row_B), np.int64))
-                continue
-            length_B = offsets[row_B + 1] - offsets[row_B]
-            first_B = np.cumsum(length_B) - length_B
-            values.append(ids[np.arange(length_B.sum()) + np.repeat(offsets[row_B] - first_B, length_B)])
-            lengths.append(length_B)
-        return KeyedJaggedTensor(
-            keys=list(self.names),
-            values=torch.from_numpy(np.concatenate(values)),
-            lengths=torch.from_numpy(np.concatenate(lengths).astype(np.int32)),
-        )
-
-
-def _ragged(column: pa.ChunkedArray) -> tuple[IndexB, IndexB | None]:
-    if not pa.types.is_list(column.type):
-        return column.to_numpy(), None
-    lengths = pc.list_value_length(column).to_numpy()
-    return pc.list_flatten(column).to_numpy(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which part of every global batch is this process's."""
-
-    rank: int = 0
-    world: int = 1
-
-
-class BatchLoader:
-    """Cuts a split into global batches and gives one rank its contiguous share of each.
-
-    The order depends on the seed and the epoch only, so training does not depend on the number of ranks. The weights of
-    a global batch are scaled to add up to the number of ranks: then the mean over ranks of each rank's Σ weight · loss
-    is the batch's weighted mean loss, even where the last batch divides unevenly.
-    """
-
-    def __init__(
-        self,
-        table: pa.Table,
-        names: tuple[str, ...],
-        *,
-        batch_size: int,
-        share: Share | None = None,
-        shuffle_seed: int | None = None,
-    ) -> None:
-        """Load a split.
-
-        Args:
-            table: an encoded split.
-            names: the fields, in the order of F.
-            batch_size: rows of a global batch, over all ranks.
-            share: which part of it is this process's; by default all.
-            shuffle_seed: None keeps the rows' order.
-
-        Raises:
-            InputError: some rank would have no rows.
-        """
-        self._rows = EncodedRows(table, names)
-        self._label_N = table[LABEL].to_numpy().astype(np.float32)
-        self._weight_N = table[WEIGHT].to_numpy().astype(np.float64)
-        self._share = share or Share()
-        self._seed = shuffle_seed
-        if self._share.world > 1 and min(batch_size // _PARTS, self._rows.num_rows) < self._share.world:
-            raise InputError(
-                f"{self._share.world} processes are too many for batches of {batch_size} out of "
-                f"{self._rows.num_rows} rows: a batch needs {_PARTS} rows per process"
-            )
-        whole, rest = divmod(self._rows.num_rows, batch_size)
-        # A small rest joins the batch before it: then every rank has rows in every step, and no step is mostly noise.
-        # Not by the number of ranks, or the steps would depend on it.
-        merged = whole > 0 and 0 < rest * _PARTS < batch_size
-        self._ends = [batch_size * (i + 1) for i in range(whole - merged)] + ([self._rows.num_rows] if rest else [])
-
-    def __len__(self) -> int:
-        """Steps per epoch."""
-        return len(self._ends)
+    @classmethod
+    def of(cls, table: pa.Table, layout: Layout) -> "EncodedRows":
+        """From a table that a pipeline has encoded."""
+        columns = {name: table[name].combine_chunks() for name in layout.ids}
+        ragged = {name: _ragged(column) for name, column in columns.items() if pa.types.is_list(column.type)}
+        singles = [torch.from_numpy(_writable(columns[name])) for name in layout.ids if name not in ragged]
+        single_NF = torch.stack(singles, dim=1) if singles else torch.empty(table.num_rows, 0, dtype=torch.int32)
+        return cls(layout, single_NF, ragged, Values.of(table, layout.values))
 
     @property
     def num_rows(self) -> int:
-        return self._rows.num_rows
+        return len(self._single_NF)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """This rank's batches of an epoch."""
-        if self._seed is None:
-            order = np.arange(self._rows.num_rows)
+    def gather(self, row_B: IndexB) -> Inputs:
+        """The given rows as a model's input, fields in the order of the layout."""
+        index_B = torch.from_numpy(row_B)
+        single_FB = self._single_NF.index_select(0, index_B).t().to(torch.int64, memory_format=torch.contiguous_format)
+        values = self._values.take(index_B)
+        if not self._ragged:
+            lengths = torch.ones(single_FB.numel(), dtype=torch.int32)
+            return Inputs(KeyedJaggedTensor(list(self.layout.ids), single_FB.flatten(), lengths=lengths), *values)
+        parts, lengths_F = [], []
+        for name in self.layout.ids:
+            if name in self._ragged:
+                taken = self._ragged[name].take(row_B)
+                parts.append(torch.from_numpy(taken.values.astype(np.int64)))
+                lengths_F.append(torch.from_numpy(np.diff(taken.offsets).astype(np.int32)))
+            else:
+                parts.append(single_FB[self._singles.index(name)])
+                lengths_F.append(torch.ones(len(row_B), dtype=torch.int32))
+        ids = KeyedJaggedTensor(list(self.layout.ids), torch.cat(parts), lengths=torch.cat(lengths_F))
+        return Inputs(ids, *values)
+
+    def take(self, row_B: IndexB) -> "EncodedRows":
+        """The given rows as rows of their own."""
+        index_B = torch.from_numpy(row_B)
+        ragged = {name: column.take(row_B) for name, column in self._ragged.items()}
+        single_BF = self._single_NF.index_select(0, index_B)
+        return EncodedRows(self.layout, single_BF, ragged, self._values.take(index_B))
+
+    def followed_by(self, other: "EncodedRows") -> "EncodedRows":
+        """These rows, then the other's."""
+        ragged = {}
+        for name, (ids, offsets) in self._ragged.items():
+            more_ids, more_offsets = other._ragged[name]
+            joined = np.concatenate([offsets, more_offsets[1:] + offsets[-1]])
+            ragged[name] = _Ragged(np.concatenate([ids, more_ids]), joined)
+        single_NF = torch.cat([self._single_NF, other._single_NF])
+        values = Values(*(torch.cat(pair) for pair in zip(self._values, other._values, strict=True)))
+        return EncodedRows(self.layout, single_NF, ragged, values)
+
+    def hide(self, name: str, rate: float, hidden_id: int, random: np.random.Generator) -> None:
+        """Replace the share `rate` of a field's ids, in place."""
+        if name in self._ragged:
+            values = self._ragged[name].values
+            values[random.random(len(values)) < rate] = hidden_id
         else:
-            order = np.random.default_rng((self._seed, number)).permutation(self._rows.num_rows)
-        for start, end in zip([0, *self._ends], self._ends, strict=False):
-            yield self._batch(order[start:end])
+            hidden_N = torch.from_numpy(random.random(self.num_rows) < rate)
+            self._single_NF[hidden_N, self._singles.index(name)] = hidden_id
 
-    def _batch(self, row_G: IndexB) -> Batch:
-        rank, world = self._share.rank, self._share.world
-        row_B = row_G[len(row_G) * rank // world : len(row_G) * (rank + 1) // world]
-        total = self._weight_N[row_G].sum()
-        scale = world / total if total > 0 else 0.0
-        return Batch(
-            self._rows.gather(row_B),
-            torch.from_numpy(self._label_N[row_B]),
-            torch.from_numpy((self._weight_N[row_B] * scale).astype(np.float32)),
+
+class Values(NamedTuple):
+    """Value fields [N, V]: the values, with 0 for missing, and which are missing (1)."""
+
+    values_NV: torch.Tensor
+    missing_NV: torch.Tensor
+
+    @classmethod
+    def of(cls, table: pa.Table, names: tuple[str, ...]) -> "Values":
+        """From encoded columns, null where missing."""
+        if not names:
+            return cls(torch.empty(table.num_rows, 0), torch.empty(table.num_rows, 0))
+        columns = [table[name].combine_chunks() for name in names]
+        missing = [column.is_null().to_numpy(zero_copy_only=False) for column in columns]
+        numbers = [pc.fill_null(column, 0.0).to_numpy(zero_copy_only=False) for column in columns]
+        return cls(
+            torch.from_numpy(np.stack(numbers, axis=1).astype(np.float32)),
+            torch.from_numpy(np.stack(missing, axis=1).astype(np.float32)),
         )
+
+    def take(self, index_B: torch.Tensor) -> "Values":
+        """The given rows."""
+        return Values(self.values_NV.index_select(0, index_B), self.missing_NV.index_select(0, index_B))
+
+
+def _ragged(column: pa.Array) -> _Ragged:
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    values = pc.list_flatten(column).to_numpy(zero_copy_only=False).copy()
+    return _Ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+def _writable(column: pa.Array) -> npt.NDArray[np.int32]:
+    return column.to_numpy(zero_copy_only=False).copy()

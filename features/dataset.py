@@ -8,20 +8,54 @@ quarantine/        the rows that were set aside, with file, line, column and rea
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.errors import InputError
+from features.errors import InputError, one_line
 from features.files import read_json, sha256_file
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from features.validation import validate
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "valid", "test")
+LABEL, WEIGHT, TIME, GROUP, FILE, LINE = "_label", "_weight", "_time", "_group", "_file", "_line"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file, which can be read on its own."""
+
+    file: Path
+    index: int
+    rows: int
+
+
+class SplitFiles:
+    """The Parquet files of a split, read a row group at a time."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.row_groups = [group for file in files for group in _row_groups(file)]
+        self.num_rows = sum(group.rows for group in self.row_groups)
+
+    def read(self, group: RowGroup, columns: list[str]) -> pa.Table:
+        """Columns of a row group."""
+        try:
+            with pq.ParquetFile(group.file) as file:
+                return file.read_row_group(group.index, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"prepared data: {group.file} is damaged: {one_line(error)}") from None
+
+
+def _row_groups(file: Path) -> list[RowGroup]:
+    metadata = pq.read_metadata(file)
+    return [RowGroup(file, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
 
 
 @dataclass(frozen=True)
@@ -38,28 +72,38 @@ class PreparedDataset:
         """Open and check the data set at `path`.
 
         Raises:
-            InputError: no data set is there, it is damaged, or it is of a newer format.
+            InputError: no data set is there, it is damaged, or it is of another format.
         """
         if not path.is_dir():
             raise InputError(f"prepared data {path} does not exist; `masknet prepare` makes it")
         manifest = read_json(path / "manifest.json", "prepared data")
         if not isinstance(manifest, dict) or not {"format", "schema", "pipeline_digest", "files"} <= manifest.keys():
             raise InputError(f"prepared data: {path / 'manifest.json'} is damaged: keys are missing")
-        if manifest["format"] > FORMAT:
-            raise InputError(f"prepared data {path} has format {manifest['format']}; this program reads up to {FORMAT}")
+        if manifest["format"] != FORMAT:
+            update = "update it" if manifest["format"] > FORMAT else "prepare the data anew"
+            raise InputError(
+                f"prepared data {path} has format {manifest['format']}; this program reads {FORMAT}: {update}"
+            )
         pipeline = FeaturePipeline.load(path / "pipeline")
         if pipeline.digest != manifest["pipeline_digest"]:
             raise InputError(f"prepared data {path} is damaged: pipeline/ is not the one in manifest.json")
         return cls(path, manifest, validate(Schema, manifest["schema"], f"prepared data {path}"), pipeline)
 
-    def split(self, name: str) -> pa.Table:
-        """Read a split whole.
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are: all three, unless new rows were encoded for some only."""
+        return tuple(name for name in SPLITS if any(file.startswith(f"{name}/") for file in self.manifest["files"]))
+
+    def files(self, name: str) -> SplitFiles:
+        """The files of a split, checked against their hashes.
 
         Raises:
             InputError: there is no such split, or a file is missing or differs from its hash in the manifest.
         """
         if name not in SPLITS:
             raise InputError(f"split {name!r} is none of {', '.join(SPLITS)}")
+        if name not in self.splits:
+            raise InputError(f"prepared data {self.path} has no split {name!r}; it has {', '.join(self.splits)}")
         files = sorted(file for file in self.manifest["files"] if file.startswith(f"{name}/"))
         for file in files:
             path = self.path / file
@@ -67,7 +111,11 @@ class PreparedDataset:
                 raise InputError(f"prepared data: {path} is missing")
             if sha256_file(path) != self.manifest["files"][file]:
                 raise InputError(f"prepared data: {path} is damaged: its SHA-256 is not the one in manifest.json")
-        return pa.concat_tables([pq.read_table(self.path / file) for file in files])
+        return SplitFiles([self.path / file for file in files])
+
+    def split(self, name: str) -> pa.Table:
+        """Read a split whole; the same errors as `files`."""
+        return pa.concat_tables([pq.read_table(file) for file in self.files(name).files])
 
     def require_pipeline(self, digest: str, model: str) -> None:
         """InputError unless this data was encoded by the pipeline with `digest`, the one of `model`."""
@@ -76,3 +124,9 @@ class PreparedDataset:
                 f"prepared data {self.path} was encoded by another pipeline ({self.pipeline.digest[:12]}) than the one "
                 f"of {model} ({digest[:12]}): give the raw rows with --input instead"
             )
+
+
+def groups_of(table: pa.Table) -> np.ndarray | None:
+    """The group of each row of a split, None for a row without one; None where the schema has no group."""
+    group = table[GROUP]
+    return None if group.null_count == len(group) else group.to_numpy()

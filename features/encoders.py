@@ -1,99 +1,64 @@
-"""Fitted encoders: canonical values in, ids out.
+"""Fitted encoders: canonical values in, ids or values out, a whole column at a time.
 
-Every encoder keeps id 0 for missing and id 1 for never seen; the ids of values start at 2. An encoder looks only at the
-distinct values of a column, so the Python in it runs once per distinct value and not once per row.
+Every encoder of ids keeps id 0 for missing and id 1 for never seen; the ids of values start at 2. Encoders of text see
+the values' hashes (`features.hashing`), encoders of numbers the numbers.
 """
 
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from features.errors import InputError
-from features.schema import FieldSpec, NumericField
+from features.hashing import HashN
+from features.times import part_of
 
 MISSING, UNKNOWN, FIRST = 0, 1, 2
-MIN_COUNT = 2  # so that the never-seen id is trained, by the values seen once
-HASH_SEED = 0  # part of the format: another seed gives other ids
 
 Ids = npt.NDArray[np.int64]
+FloatN = npt.NDArray[np.float64]
 
 
 class Encoder(Protocol):
-    """What the pipeline asks of an encoder."""
+    """What a pipeline stores of an encoder."""
 
     kind: ClassVar[str]
 
-    @property
-    def num_ids(self) -> int:
-        """Ids run from 0 to num_ids - 1, so this is the number of rows of the embedding table."""
-
-    def encode(self, values: pa.Array) -> Ids:
-        """Ids [N] of canonical values [N]."""
-
     def state(self) -> dict[str, Any]:
-        """What `from_state` needs to rebuild the encoder, as JSON; long lists go to `table`."""
-
-    def table(self) -> pa.Table | None:
-        """The long part of the state, one row per value, or None."""
-
-
-def _by_distinct_value(values: pa.Array, id_of_distinct: Ids, indices: pa.Array) -> Ids:
-    ids_with_missing = np.append(id_of_distinct, MISSING)
-    return ids_with_missing[pc.fill_null(indices, len(id_of_distinct)).to_numpy(zero_copy_only=False)]
+        """What `load_encoder` needs to rebuild the encoder, as JSON; a vocabulary is stored as a table instead."""
 
 
 class Vocabulary:
-    """Ids by descending count, then by value, so that they depend on the data alone and not on its order."""
+    """Ids by descending count, then by value, so that they depend on the data alone and not on its order.
+
+    Values are found by `features.lookup.Lookup`, which holds the vocabularies of a pipeline together.
+    """
 
     kind: ClassVar[str] = "vocabulary"
 
     def __init__(self, values: pa.Array) -> None:
         self.values = values
 
-    @classmethod
-    def fit(cls, values: pa.Array, min_count: int) -> "Vocabulary":
-        """Keep the values seen at least `min_count` times; the rarer ones train the never-seen id."""
-        counts = pl.Series("value", values, dtype=pl.String).drop_nulls().value_counts()
-        kept = counts.filter(pl.col("count") >= min_count).sort(["count", "value"], descending=[True, False])
-        return cls(kept["value"].to_arrow().cast(pa.string()))
-
-    @cached_property
-    def _id_of(self) -> dict[str, int]:
-        return {value: FIRST + index for index, value in enumerate(self.values.to_pylist())}
-
     @property
     def num_ids(self) -> int:
+        """Ids run from 0 to num_ids - 1, so this is the number of rows of the embedding table."""
         return FIRST + len(self.values)
-
-    def encode(self, values: pa.Array) -> Ids:
-        coded = values.dictionary_encode()
-        distinct = coded.dictionary.to_pylist()
-        found = np.fromiter((self._id_of.get(value, UNKNOWN) for value in distinct), np.int64, len(distinct))
-        return _by_distinct_value(values, found, coded.indices)
 
     def state(self) -> dict[str, Any]:
         return {}
 
-    def table(self) -> pa.Table:
-        return pa.table({"value": self.values})
-
     @classmethod
-    def from_state(cls, state: dict[str, Any], table: pa.Table | None) -> "Vocabulary":
+    def from_table(cls, table: pa.Table | None) -> "Vocabulary":
+        """From a table with one text column `value`."""
         if table is None or table.column_names != ["value"] or table["value"].type != pa.string():
             raise InputError("a vocabulary must be a table with one text column 'value'")
         return cls(pa.concat_arrays(table["value"].chunks) if table.num_rows else pa.array([], pa.string()))
 
 
-class Hash:
-    """xxh3-64 of the UTF-8 text with seed 0, modulo `buckets`: the same on every machine and in every version."""
-
-    kind: ClassVar[str] = "hash"
+class _Buckets:
+    """A fixed number of ids beside missing and never seen."""
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
@@ -102,22 +67,36 @@ class Hash:
     def num_ids(self) -> int:
         return FIRST + self.buckets
 
-    def encode(self, values: pa.Array) -> Ids:
-        coded = values.dictionary_encode()
-        distinct = coded.dictionary.to_pylist()
-        hashes = (xxhash.xxh3_64_intdigest(value.encode(), HASH_SEED) for value in distinct)
-        ids = FIRST + (np.fromiter(hashes, np.uint64, len(distinct)) % np.uint64(self.buckets)).astype(np.int64)
-        return _by_distinct_value(values, ids, coded.indices)
-
     def state(self) -> dict[str, Any]:
         return {"buckets": self.buckets}
 
-    def table(self) -> None:
-        return None
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any], table: pa.Table | None) -> "Hash":
-        return cls(int(state["buckets"]))
+class Hash(_Buckets):
+    """xxh3-64 modulo `buckets`: the same on every machine and in every version."""
+
+    kind: ClassVar[str] = "hash"
+
+    def encode(self, hash_N: HashN) -> Ids:
+        """Ids of the values with these hashes, none of which is missing."""
+        return (hash_N % np.uint64(self.buckets)).astype(np.int64) + FIRST
+
+
+class Cross(Hash):
+    """The hash of several values' combination, modulo `buckets`."""
+
+    kind: ClassVar[str] = "cross"
+
+
+class Identity(_Buckets):
+    """Whole numbers that are ids already: 0 … buckets − 1; a larger one was never seen."""
+
+    kind: ClassVar[str] = "identity"
+
+    def encode(self, text: pa.Array) -> Ids:
+        """Ids of whole numbers as text."""
+        numbers = pc.fill_null(text.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        ids = np.where(numbers < self.buckets, numbers + FIRST, UNKNOWN)
+        return np.where(numbers < 0, MISSING, ids)
 
 
 class Quantile:
@@ -125,48 +104,99 @@ class Quantile:
 
     kind: ClassVar[str] = "quantile"
 
-    def __init__(self, boundaries: npt.NDArray[np.float64]) -> None:
+    def __init__(self, boundaries: FloatN) -> None:
         self.boundaries = boundaries
-
-    @classmethod
-    def fit(cls, values: pa.Array, buckets: int) -> "Quantile":
-        """Inner boundaries at the 1/buckets … quantiles; equal ones are merged, so there may be fewer buckets."""
-        present = values.drop_null().to_numpy()
-        if len(present) == 0:
-            return cls(np.empty(0))
-        inner = np.quantile(present, np.arange(1, buckets) / buckets, method="lower")
-        return cls(np.unique(inner))
 
     @property
     def num_ids(self) -> int:
         return FIRST + len(self.boundaries) + 1
 
     def encode(self, values: pa.Array) -> Ids:
-        numbers = pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
-        ids = FIRST + np.searchsorted(self.boundaries, numbers, side="right")
-        return np.where(values.is_null().to_numpy(zero_copy_only=False), MISSING, ids)
+        """Ids of doubles."""
+        numbers, missing_N = _doubles(values)
+        return np.where(missing_N, MISSING, FIRST + np.searchsorted(self.boundaries, numbers, side="right"))
 
     def state(self) -> dict[str, Any]:
         return {"boundaries": self.boundaries.tolist()}
 
-    def table(self) -> None:
-        return None
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any], table: pa.Table | None) -> "Quantile":
-        return cls(np.asarray(state["boundaries"], np.float64))
+class LogBucket(_Buckets):
+    """⌊ln(x)²⌋ above 2, as the winners of Criteo's contest had it, and a bucket for each whole number up to 2.
+
+    Values below −3 go with −3, and ids beyond the last bucket with the last. Nothing is fitted.
+    """
+
+    kind: ClassVar[str] = "log_bucket"
+    _LOWEST, _SMALL = -3, 6  # −3, −2, −1, 0, 1, 2
+
+    def encode(self, values: pa.Array) -> Ids:
+        """Ids of doubles."""
+        numbers, missing_N = _doubles(values)
+        small = np.maximum(np.floor(np.minimum(numbers, 2.0)), self._LOWEST) - self._LOWEST
+        large = self._SMALL + np.floor(np.log(np.maximum(numbers, 2.0)) ** 2)
+        bucket = np.minimum(np.where(numbers > 2, large, small), self.buckets - 1).astype(np.int64)
+        return np.where(missing_N, MISSING, FIRST + bucket)
 
 
-ENCODERS: dict[str, type[Vocabulary] | type[Hash] | type[Quantile]] = {
-    cls.kind: cls for cls in (Vocabulary, Hash, Quantile)
-}
+class DatePart(_Buckets):
+    """A part of a time in a time zone."""
+
+    kind: ClassVar[str] = "date"
+
+    def __init__(self, buckets: int, part: str, timezone: str) -> None:
+        super().__init__(buckets)
+        self.part, self.timezone = part, timezone
+
+    def encode(self, seconds: pa.Array) -> Ids:
+        """Ids of times in seconds."""
+        part_N = part_of(seconds, self.part, self.timezone)
+        return np.where(part_N < 0, MISSING, FIRST + part_N)
+
+    def state(self) -> dict[str, Any]:
+        return {"buckets": self.buckets, "part": self.part, "timezone": self.timezone}
 
 
-def fit_encoder(field: FieldSpec, values: pa.Array) -> Encoder:
-    """Fit the encoder that the schema names on the training split's canonical values (flat, for a list field)."""
-    if isinstance(field, NumericField):
-        return Quantile.fit(values, field.buckets)
-    if field.encoder == "hash":
-        assert field.buckets is not None  # the schema's validator requires it
-        return Hash(field.buckets)
-    return Vocabulary.fit(values, field.min_count or MIN_COUNT)
+class Scale:
+    """(f(x) − shift) / scale as a value: `standard` has mean 0 and variance 1, `minmax` stays within 0 … 1,
+    `log1p` is sign(x) · ln(1 + |x|)."""
+
+    kind: ClassVar[str] = "value"
+
+    def __init__(self, rule: str, shift: float = 0.0, scale: float = 1.0) -> None:
+        self.rule, self.shift, self.scale = rule, shift, scale
+
+    def encode(self, values: pa.Array) -> pa.Array:
+        """Values as float32, null where missing."""
+        numbers, missing_N = _doubles(values)
+        if self.rule == "log1p":
+            numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
+        with np.errstate(over="ignore"):
+            scaled = (numbers - self.shift) / self.scale
+        if self.rule == "minmax":
+            scaled = np.clip(scaled, 0.0, 1.0)
+        limit = float(np.finfo(np.float32).max)
+        return pa.array(np.clip(scaled, -limit, limit).astype(np.float32), mask=missing_N)
+
+    def state(self) -> dict[str, Any]:
+        return {"rule": self.rule, "shift": self.shift, "scale": self.scale}
+
+
+def _doubles(values: pa.Array) -> tuple[FloatN, npt.NDArray[np.bool_]]:
+    return pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False), values.is_null().to_numpy(zero_copy_only=False)
+
+
+NumberEncoder: TypeAlias = Quantile | LogBucket | DatePart
+IdEncoder: TypeAlias = Vocabulary | Hash | Cross | Identity | Quantile | LogBucket | DatePart
+AnyEncoder: TypeAlias = IdEncoder | Scale
+
+
+def load_encoder(kind: str, state: dict[str, Any], table: pa.Table | None) -> AnyEncoder:
+    """Rebuild an encoder from what a pipeline has stored; KeyError or TypeError where that is not enough."""
+    if kind == Vocabulary.kind:
+        return Vocabulary.from_table(table)
+    if kind == Quantile.kind:
+        return Quantile(np.asarray(state["boundaries"], np.float64))
+    plain: dict[str, type[Hash | Identity | LogBucket | DatePart | Scale]] = {
+        cls.kind: cls for cls in (Hash, Cross, Identity, LogBucket, DatePart, Scale)
+    }
+    return plain[kind](**state)

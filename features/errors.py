@@ -6,3 +6,14 @@ InputError            what the user gave is wrong; the message is one line that 
 
 class InputError(ValueError):
     """The user's input is wrong. The command line prints it as one line and exits with 2."""
+
+
+def listed(names: list[str]) -> str:
+    """Names as a message lists them: the first thirty, none longer than sixty characters, all on one line."""
+    shown = [" ".join(name.split())[:60] for name in names[:30]]
+    return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
+
+
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())

@@ -112,3 +112,25 @@ def score_metrics(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | Non
 
 def _both_classes(label_N: FloatN) -> bool:
     return bool(len(label_N)) and bool(label_N.min() != label_N.max())
+
+
+def binned_auc(
+    negatives_K: npt.NDArray[np.integer], positives_K: npt.NDArray[np.integer], score_K: FloatN
+) -> float | None:
+    """AUC of rows that are given as counts by bin, rows of a bin having its score; None unless both classes occur."""
+    order = np.argsort(score_K, kind="stable")
+    first = np.unique(score_K[order], return_index=True)[1]
+    negatives = np.add.reduceat(negatives_K[order].astype(np.float64), first)
+    positives = np.add.reduceat(positives_K[order].astype(np.float64), first)
+    pairs = negatives.sum() * positives.sum()
+    if not pairs:
+        return None
+    below = np.cumsum(negatives) - negatives
+    return float(((below + negatives / 2) * positives).sum() / pairs)
+
+
+def psi(expected_K: npt.NDArray[np.integer], found_K: npt.NDArray[np.integer]) -> float:
+    """Population stability index Σ (q − p) · ln(q / p) of two counts over the same bins, smoothed by half a row."""
+    p_K = (expected_K + 0.5) / (expected_K + 0.5).sum()
+    q_K = (found_K + 0.5) / (found_K + 0.5).sum()
+    return float(((q_K - p_K) * np.log(q_K / p_K)).sum())

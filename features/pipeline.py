@@ -1,139 +1,224 @@
-"""The fitted feature pipeline: the one way from raw rows to ids, in training, batch scoring and online."""
+"""The fitted feature pipeline: the one way from raw rows to ids and values, in training, batch scoring and online."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
-from features.columns import Rows, as_table, canonical
-from features.encoders import ENCODERS, MISSING, UNKNOWN, Encoder, fit_encoder
+from features import pipeline_files
+from features.arrays import as_column, flat_values, texts_at_once, with_missing
+from features.columns import Canonical, Rows, as_table, canonical, column_of, with_default
+from features.crosses import cross_ids
+from features.encoders import AnyEncoder, Cross, Hash, Identity, Scale, Vocabulary
 from features.errors import InputError
-from features.files import canonical_json, read_json, write_json
-from features.schema import FieldSpec, ListField, NumericField, Schema
+from features.fields import CategoricalField, CrossField, DateField, FieldSpec, ListField
+from features.hashing import HashN, hash_text
+from features.lookup import Lookup
+from features.utf8 import shown
 
-FORMAT = 1
-_FIELD: TypeAdapter[FieldSpec] = TypeAdapter(FieldSpec)
+LengthsN = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class FittedField:
-    """One field of the model, in the order of F: its definition and its fitted encoder."""
+    """One field of the model, in the order of F: its definition, its fitted encoder, and where it shares a table."""
 
     spec: FieldSpec
-    encoder: Encoder
+    encoder: AnyEncoder
+    owner: str  # the field whose encoder and table this one uses; itself, unless it shares
+    pooling: Literal["sum", "mean"]  # how a row's embeddings become one; of no consequence for single values
+    is_list: bool
 
     @property
     def name(self) -> str:
         return self.spec.name
 
     @property
-    def pooling(self) -> Literal["sum", "mean"]:
-        """How a row's embeddings become one: 'mean' or 'sum'; of no consequence for single values."""
-        return self.spec.pooling if isinstance(self.spec, ListField) else "sum"
+    def is_value(self) -> bool:
+        """Whether the field is a number to the model and not an id."""
+        return isinstance(self.encoder, Scale)
 
-    def encode(self, column: pa.Array) -> pa.Array:
-        """int64 [N], or list<int64> [N] for a list field, whose missing and empty lists are the missing id alone."""
-        if not isinstance(self.spec, ListField):
-            return pa.array(self.encoder.encode(column))
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        ids = self.encoder.encode(pc.list_flatten(column))
-        empty_N = lengths == 0
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        filled = np.insert(ids, starts[:-1][empty_N], MISSING)
-        offsets = np.concatenate([[0], np.cumsum(np.where(empty_N, 1, lengths))])
-        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(filled)).cast(pa.list_(pa.int64()))
+    @property
+    def normalize(self) -> bool:
+        """Whether the field's embedding goes through LN_EMB."""
+        return not self.is_value or bool(getattr(self.spec, "normalize", None))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of the fields with ids and of those with values, each in the order of F."""
+
+    ids: tuple[str, ...]
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class FeaturePipeline:
-    """Fitted fields. Equal digests mean equal ids for equal rows."""
+    """Fitted fields. Equal digests mean equal ids and values for equal rows."""
 
     fields: tuple[FittedField, ...]
 
     @classmethod
-    def fit(cls, schema: Schema, canonical_rows: pa.Table) -> "FeaturePipeline":
-        """Fit every encoder on the training split's canonical columns (see `features.columns.canonical`)."""
-        fitted = []
-        for spec in schema.fields:
-            column = canonical_rows[spec.name].combine_chunks()
-            values = pc.list_flatten(column) if isinstance(spec, ListField) else column
-            fitted.append(FittedField(spec, fit_encoder(spec, values)))
-        return cls(tuple(fitted))
+    def build(cls, specs: tuple[FieldSpec, ...], encoders: dict[str, AnyEncoder]) -> "FeaturePipeline":
+        """Put fields together with fitted encoders, which are given by the field that owns them."""
+        by_name = {spec.name: spec for spec in specs}
+        return cls(tuple(_fitted(spec, encoders, by_name) for spec in specs))
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(field.name for field in self.fields)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Which fields have ids, and which values."""
+        return Layout(
+            tuple(field.name for field in self.fields if not field.is_value),
+            tuple(field.name for field in self.fields if field.is_value),
+        )
+
+    @property
+    def inputs(self) -> tuple[FittedField, ...]:
+        """The fields that read a column of the rows: all but the crosses."""
+        return tuple(field for field in self.fields if not isinstance(field.spec, CrossField))
+
     def encode(self, rows: Rows) -> pa.Table:
-        """Ids of raw rows, one column per field in the pipeline's order.
+        """Ids (int32, lists of them) and values (float32) of raw rows, one column per field in the pipeline's order.
+
+        The column of a training-only field may be absent: the field's default stands for it.
 
         Raises:
             InputError: a field's column is missing, or a value cannot be what the field says; names field and row.
         """
-        table = as_table(rows)
-        columns = {}
-        for field in self.fields:
-            values, bad_N = canonical(table, field.spec)
-            if bad_N is not None:
-                row = int(bad_N.argmax())
-                raise InputError(f"row {row}, column {field.name!r}: {table[field.name][row]} is not a finite number")
-            columns[field.name] = field.encode(values)
-        return pa.table(columns)
+        columns, hashes = texts_at_once(rows, self._text_names) if isinstance(rows, Mapping) else ({}, {})
+        times = {field.spec.from_ for field in self.inputs if isinstance(field.spec, DateField)}
+        rest = {k: v for k, v in rows.items() if k not in columns or k in times} if isinstance(rows, Mapping) else rows
+        table = as_table(rest)
+        count = len(next(iter(columns.values()))) if columns else table.num_rows
+        if columns and table.num_columns and table.num_rows != count:
+            raise InputError("rows do not form a table: columns differ in length")
+        for field in self.inputs:
+            if field.name not in columns:
+                assert not isinstance(field.spec, CrossField)  # crosses read no column
+                table_of_field = with_default(table, field.spec, count)
+                found = canonical(table_of_field, field.spec, field.encoder.kind)
+                _require_good(found, field, rows)
+                columns[field.name] = found.values
+        return self.encode_canonical(columns, hashes)
 
-    def encode_canonical(self, canonical_rows: pa.Table) -> pa.Table:
-        """The same for columns that are canonical already."""
-        return pa.table({f.name: f.encode(canonical_rows[f.name].combine_chunks()) for f in self.fields})
+    @cached_property
+    def _text_names(self) -> tuple[str, ...]:
+        """The fields with one text value a row that is hashed."""
+        return tuple(
+            field.name
+            for field in self.inputs
+            if isinstance(field.spec, CategoricalField) and not isinstance(field.encoder, Identity)
+        )
+
+    def encode_canonical(self, columns: Mapping[str, pa.Array], hashes: dict[str, HashN] | None = None) -> pa.Table:
+        """The same for columns that are canonical already (see `features.columns`), by the names of the fields.
+
+        `hashes` are those of the text columns whose hashes are known.
+        """
+        flat = {field.name: flat_values(columns[field.name]) for field in self.inputs}
+        hashes = self._hashes({name: values for name, (values, _) in flat.items()}, hashes or {})
+        found = self._text_ids(hashes)
+        encoded: dict[str, pa.Array] = {}
+        ids: dict[str, npt.NDArray[np.integer]] = {}
+        for field in self.inputs:
+            values, lengths = flat[field.name]
+            if isinstance(field.encoder, Scale):
+                encoded[field.name] = field.encoder.encode(values)
+                continue
+            if field.name in found:
+                ids[field.name] = with_missing(found[field.name], values)
+            else:
+                assert not isinstance(field.encoder, (Vocabulary, Hash))  # those are among the hashed
+                ids[field.name] = field.encoder.encode(values)
+            encoded[field.name] = as_column(ids[field.name], lengths)
+        for field in self.fields:
+            if isinstance(field.spec, CrossField):
+                assert isinstance(field.encoder, Cross)
+                parts = [(name, hashes.get(name), ids.get(name), *flat[name]) for name in field.spec.of]
+                encoded[field.name] = as_column(*cross_ids(field.encoder, parts))
+        return pa.table({name: encoded[name] for name in self.names})
+
+    def warm_up(self) -> None:
+        """Build now what the first call of `encode` would build."""
+        _ = self._lookup, self._vocabulary_number
+
+    @cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup([field.encoder for field in self.fields if _owns_vocabulary(field)])  # type: ignore[misc]
+
+    @cached_property
+    def _vocabulary_number(self) -> dict[str, int]:
+        owners = [field.name for field in self.fields if _owns_vocabulary(field)]
+        return {field.name: owners.index(field.owner) for field in self.fields if field.owner in owners}
+
+    @cached_property
+    def _hashed(self) -> tuple[str, ...]:
+        """The fields whose text is hashed: for their own encoder, or for a cross."""
+        crossed = {name for field in self.fields if isinstance(field.spec, CrossField) for name in field.spec.of}
+        return tuple(
+            field.name
+            for field in self.inputs
+            if isinstance(field.encoder, (Vocabulary, Hash))
+            or (isinstance(field.encoder, Identity) and field.name in crossed)
+        )
+
+    def _hashes(self, flat: dict[str, pa.Array], known: dict[str, HashN]) -> dict[str, HashN]:
+        """Hashes of the text fields' values, all fields at once."""
+        names = [name for name in self._hashed if name not in known]
+        if not names:
+            return known
+        ends = np.cumsum([len(flat[name]) for name in names])
+        together = hash_text(pa.concat_arrays([flat[name] for name in names]))
+        return known | dict(zip(names, np.split(together, ends[:-1]), strict=True))
+
+    def _text_ids(self, hashes: dict[str, HashN]) -> dict[str, npt.NDArray[np.integer]]:
+        asked = [name for name in hashes if name in self._vocabulary_number]
+        found = self._lookup.find([(self._vocabulary_number[name], hashes[name]) for name in asked])
+        ids: dict[str, npt.NDArray[np.integer]] = dict(zip(asked, found, strict=True))
+        for field in self.inputs:
+            if type(field.encoder) is Hash:
+                ids[field.name] = field.encoder.encode(hashes[field.name])
+        return ids
+
+    @cached_property
+    def _served_defaults(self) -> dict[str, pa.Array]:
+        """The encoded default of each training-only field, one row each."""
+        defaults = {f.name: d.default for f in self.fields if (d := getattr(f.spec, "training_only", None)) is not None}
+        if not defaults:
+            return {}
+        row = {f.spec.from_ if isinstance(f.spec, DateField) else f.name: [defaults.get(f.name)] for f in self.inputs}
+        encoded = self.encode(pa.table({name: pa.array(value) for name, value in row.items()}))
+        return {name: encoded[name].combine_chunks() for name in defaults}
+
+    def as_served(self, encoded: pa.Table) -> pa.Table:
+        """Encoded rows as serving sees them: training-only fields hold their defaults."""
+        for name, one in self._served_defaults.items():
+            repeated = one.take(pa.array(np.zeros(encoded.num_rows, np.int64)))
+            encoded = encoded.set_column(encoded.column_names.index(name), name, repeated)
+        return encoded
 
     @property
-    def hides(self) -> bool:
-        """Whether `hide_some` changes anything."""
-        return any(getattr(field.spec, "unknown_rate", 0.0) > 0 for field in self.fields)
-
-    def hide_some(self, encoded: pa.Table, seed: int) -> pa.Table:
-        """Replace the share `unknown_rate` of each field's ids by the never-seen id, so that training learns it."""
-        for index, field in enumerate(self.fields):
-            rate = 0.0 if isinstance(field.spec, NumericField) else field.spec.unknown_rate
-            if rate > 0:
-                column = encoded[field.name].combine_chunks()
-                is_list = isinstance(field.spec, ListField)
-                ids = (column.values if is_list else column).to_numpy()
-                hidden = np.random.default_rng((seed, index)).random(len(ids)) < rate
-                shown = pa.array(np.where(hidden, UNKNOWN, ids))
-                shown = pa.ListArray.from_arrays(column.offsets, shown) if is_list else shown
-                encoded = encoded.set_column(index, field.name, shown)
-        return encoded
+    def hidden(self) -> dict[str, float]:
+        """The share of ids that training replaces by the never-seen id, for each field that has one."""
+        return {field.name: rate for field in self.fields if (rate := getattr(field.spec, "unknown_rate", 0.0)) > 0}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides an id."""
-        digest = hashlib.sha256(canonical_json([FORMAT, self._description()]))
-        for field in self.fields:
-            table = field.encoder.table()
-            if table is not None:
-                digest.update(hashlib.sha256(canonical_json(table.to_pydict())).digest())
-        return digest.hexdigest()
-
-    def _description(self) -> list[dict[str, Any]]:
-        return [
-            {"spec": field.spec.model_dump(mode="json"), "encoder": field.encoder.kind, "state": field.encoder.state()}
-            for field in self.fields
-        ]
+        """SHA-256 of everything that decides an id or a value."""
+        return pipeline_files.digest(self.fields)
 
     def save(self, folder: Path) -> None:
         """Write pipeline.json and one Parquet file per vocabulary into `folder`, which is made."""
-        folder.mkdir(parents=True)
-        for index, field in enumerate(self.fields):
-            table = field.encoder.table()
-            if table is not None:
-                pq.write_table(table, folder / _vocabulary_file(index))
-        write_json(folder / "pipeline.json", {"format": FORMAT, "digest": self.digest, "fields": self._description()})
+        pipeline_files.save(folder, self.fields, self.digest)
 
     @classmethod
     def load(cls, folder: Path) -> "FeaturePipeline":
@@ -142,27 +227,29 @@ class FeaturePipeline:
         Raises:
             InputError: a file is missing or damaged, or the format is newer than this program.
         """
-        path = folder / "pipeline.json"
-        data = read_json(path, "feature pipeline")
-        try:
-            if data["format"] > FORMAT:
-                raise InputError(f"{path} has format {data['format']}; this program reads up to {FORMAT}: update it")
-            pipeline = cls(tuple(_load_field(folder, i, entry) for i, entry in enumerate(data["fields"])))
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError, OSError) as error:  # pydantic's and Arrow's are ValueErrors
-            raise InputError(f"feature pipeline {folder} is damaged: {' '.join(str(error).split())}") from None
-        if pipeline.digest != data.get("digest"):
+        specs, encoders, stored = pipeline_files.load(folder)
+        pipeline = cls.build(specs, encoders)
+        if pipeline.digest != stored:
             raise InputError(f"feature pipeline {folder} is damaged: its content does not match its digest")
         return pipeline
 
 
-def _vocabulary_file(index: int) -> str:
-    return f"{index:03d}.parquet"  # field names may hold what file names cannot
+def _fitted(spec: FieldSpec, encoders: dict[str, AnyEncoder], by_name: dict[str, FieldSpec]) -> FittedField:
+    owner = getattr(spec, "share_with", None) or spec.name
+    lists = [by_name[name] for name in (*(spec.of if isinstance(spec, CrossField) else (spec.name,)), owner)]
+    pooled = next((part for part in lists[::-1] if isinstance(part, ListField)), None)
+    is_list = any(isinstance(part, ListField) for part in lists[:-1])
+    return FittedField(spec, encoders[owner], owner, pooled.pooling if pooled else "sum", is_list)
 
 
-def _load_field(folder: Path, index: int, entry: dict[str, Any]) -> FittedField:
-    path = folder / _vocabulary_file(index)
-    table = pq.read_table(path) if path.exists() else None
-    encoder = ENCODERS[entry["encoder"]].from_state(entry["state"], table)
-    return FittedField(_FIELD.validate_python(entry["spec"]), encoder)
+def _owns_vocabulary(field: FittedField) -> bool:
+    return isinstance(field.encoder, Vocabulary) and field.owner == field.name
+
+
+def _require_good(column: Canonical, field: FittedField, rows: Rows) -> None:
+    if column.bad_N is None:
+        return
+    row = int(column.bad_N.argmax())
+    name = field.spec.from_ if isinstance(field.spec, DateField) else field.name
+    (value,) = shown(column_of(as_table(rows), name), np.array([row]))
+    raise InputError(f"row {row}, column {name!r}: {value!r} {column.rule}")

@@ -1,162 +1,140 @@
-"""Raw files into Arrow tables: CSV and TSV (plain, gzip, zstd) and Parquet; a file, a folder or a glob."""
+"""Raw inputs: which files a path, a folder, a glob or a URI (s3://, gs://, file://) names."""
 
 import glob
-import io
-from csv import Error as CsvError
-from csv import reader
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as csv
-import pyarrow.parquet as pq
+import pyarrow.fs as pafs
 
-from features.errors import InputError
-from features.schema import Schema
+from features.errors import InputError, one_line
 
-_TEXT = (".csv", ".tsv", ".txt")
+_TEXT = (".csv", ".tsv", ".txt", ".data", ".libfm")
 _PACKED = (".gz", ".zst")
-_SPANS = "a quoted value goes on over several lines: is a quotation mark missing or too many?"
+_NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+Kind = Literal["text", "packed", "parquet"]
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A raw row that is set aside: where it stands and which rule it breaks.
+class Source:
+    """A file, and the columns that its folders' names give (`dt=2026-01-01/`)."""
 
-    `line` counts records from 1, a header included: the line in the file, unless blank lines stand before it.
-    """
+    path: str
+    kind: Kind
+    size: int
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
-    file: str
-    line: int
-    column: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class RawFile:
-    """A file's rows. `line_N` is each row's line in a text file, or its number from 1 in a Parquet file."""
-
-    path: Path
-    table: pa.Table
-    line_N: pa.Array
-    bad_rows: list[BadRow]
+    def filesystem(self) -> tuple[pafs.FileSystem, str]:
+        """Arrow's file system for the path, and the path on it."""
+        return _filesystem(self.path)
 
 
-def find_files(sources: list[str]) -> list[Path]:
+def find_sources(sources: list[str]) -> list[Source]:
     """The files that `sources` name, in sorted order for a folder or a glob.
 
     Raises:
-        InputError: a source names nothing, or a file of a kind that cannot be read.
+        InputError: a source names nothing or a file twice, or a file is of a kind that cannot be read.
     """
-    found: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            inside = (file for file in path.rglob("*") if file.is_file())
-            files = sorted(file for file in inside if not _is_hidden(file.relative_to(path)))
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(source, recursive=True))
+    found: list[Source] = []
+    for given in sources:
+        # a file on this machine is known by its path, whatever it was called
+        source = unquote(urlsplit(given).path) if given.startswith("file://") else given
+        try:
+            files = _find_remote(source) if "://" in source else _find_local(source)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"input {source} cannot be listed: {one_line(error)}") from None
         if not files:
             raise InputError(f"input {source} names no file")
         found.extend(files)
     refuse_twice(found)
-    for file in found:
-        if _kind(file) is None:
-            raise InputError(f"input {file} is neither .parquet nor {', '.join(_TEXT)} (plain, .gz or .zst)")
     return found
 
 
-def refuse_twice(files: list[Path]) -> None:
+def _find_local(source: str) -> list[Source]:
+    path = Path(source)
+    if path.is_dir():
+        inside = (file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+        files = sorted(file for file in inside if not _is_hidden(file.relative_to(path).parts))
+        return [_source(str(file), file.stat().st_size, str(path)) for file in files]
+    if path.exists():
+        return [_source(source, path.stat().st_size, str(path.parent))]
+    base = re.split(r"[*?\[]", source, maxsplit=1)[0].rpartition("/")[0]
+    files = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
+    return [_source(str(file), file.stat().st_size, base) for file in files]
+
+
+def _find_remote(source: str) -> list[Source]:
+    address, mark, options = source.partition("?")
+    filesystem, path = _filesystem(source)
+    prefix = unquote(address).removesuffix(path)
+    fixed, star, _ = path.partition("*")
+    base = fixed.rpartition("/")[0] if star else path.rstrip("/")
+    info = None if star else filesystem.get_file_info(path)
+    if info is not None and info.type == pafs.FileType.File:
+        return [_source(source, info.size, base)]
+    listed = filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+    pattern = _pattern(path)
+    return [
+        _source(f"{prefix}{quote(info.path)}{mark}{options}", info.size, f"{prefix}{base}")
+        for info in sorted(listed, key=lambda info: str(info.path))
+        if info.type == pafs.FileType.File
+        and info.size
+        and not _is_hidden(tuple(info.path[len(base) :].strip("/").split("/")))
+        and (not star or pattern.fullmatch(info.path))
+    ]
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", path)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
+
+
+def _source(path: str, size: int, base: str) -> Source:
+    """A file found below `base`, whose folders between there and the file may be named after columns."""
+    plain = unquote(path.split("?", 1)[0]) if "://" in path else path
+    suffixes = [suffix.lower() for suffix in Path(plain).suffixes[-2:]]
+    packed = bool(suffixes) and suffixes[-1] in _PACKED
+    last = (suffixes[:-1] if packed else suffixes)[-1:] or [""]
+    if last[0] in _TEXT or last[0] == "":  # Criteo's day_0 and Avazu's train.gz say no more
+        kind: Kind = "packed" if packed else "text"
+    elif last[0] == ".parquet" and not packed:
+        kind = "parquet"
+    else:
+        raise InputError(f"input {path} is neither .parquet nor {', '.join(_TEXT)} (plain, .gz or .zst)")
+    below = plain.removeprefix(base).strip("/").split("/")[:-1]
+    folders = [part.partition("=") for part in below]
+    values = [(name, unquote(value)) for name, equals, value in folders if equals and name]
+    if len({name for name, _ in values}) < len(values):
+        raise InputError(f"input {path}: two of its folders are named after the same column")
+    return Source(
+        path, kind, size, tuple((name, None if value == _NULL_PARTITION else value) for name, value in values)
+    )
+
+
+def refuse_twice(sources: list[Source]) -> None:
     """InputError for a file that is named twice: its rows would count twice, or stand in two splits."""
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise InputError(f"input {file} is named twice")
-        seen.add(file.resolve())
+    seen: set[str] = set()
+    for source in sources:
+        place = source.path if "://" in source.path else str(Path(source.path).resolve())
+        if place in seen:
+            raise InputError(f"input {source.path} is named twice")
+        seen.add(place)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)  # as Spark and Arrow have it
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "_")) for part in parts)  # as Spark and Arrow have it
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix not in _PACKED]
-    last = suffixes[-1].lower() if suffixes else ""
-    return "parquet" if last == ".parquet" else "text" if last in _TEXT else None
-
-
-def read_file(path: Path, schema: Schema) -> RawFile:
-    """Read one raw file; rows with a wrong number of columns are set aside, anything worse is an InputError."""
-    if _kind(path) == "text":
-        return _read_text(path, schema)
+def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in path:
+        return pafs.LocalFileSystem(), path
     try:
-        _require_distinct(path, pq.read_schema(path).names)
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"input {path} is not a readable Parquet file: {_one_line(error)}") from None
-    return RawFile(path, table, pa.array(range(1, table.num_rows + 1), pa.int64()), [])
-
-
-def _read_text(path: Path, schema: Schema) -> RawFile:
-    bad_rows: list[BadRow] = []
-
-    def set_aside(row: csv.InvalidRow) -> str:
-        reason = f"{row.actual_columns} columns where {row.expected_columns} were expected"
-        if "\n" in (row.text or ""):
-            reason = _SPANS
-        bad_rows.append(BadRow(str(path), row.number or 0, "", reason))
-        return "skip"
-
-    layout = schema.csv
-    try:
-        names = _header(path, layout.separator) if layout.header else list(layout.columns)
-        _require_distinct(path, names)
-        table = csv.read_csv(
-            path,
-            # one thread, or Arrow does not number the rows it sets aside
-            read_options=csv.ReadOptions(column_names=names, skip_rows=int(layout.header), use_threads=False),
-            parse_options=csv.ParseOptions(delimiter=layout.separator, invalid_row_handler=set_aside),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-        )
-    except InputError:
-        raise
-    except (OSError, ValueError, CsvError) as error:  # Arrow's own and UnicodeDecodeError are ValueErrors
-        raise InputError(f"input {path} cannot be read as delimited text: {_one_line(error)}") from None
-    _refuse_rows_that_swallow_others(path, table, bad_rows)
-    skipped = {bad.line for bad in bad_rows}
-    first = 2 if layout.header else 1
-    lines = [line for line in range(first, first + table.num_rows + len(skipped)) if line not in skipped]
-    return RawFile(path, table, pa.array(lines, pa.int64()), bad_rows)
-
-
-def _refuse_rows_that_swallow_others(path: Path, table: pa.Table, bad_rows: list[BadRow]) -> None:
-    """A stray quotation mark makes one value of all rows up to the next one; they must not be lost in silence."""
-    for bad in bad_rows:
-        if bad.reason == _SPANS:
-            raise InputError(f"input {path}, line {bad.line}: {_SPANS}")
-    for name in table.column_names:
-        spanning = pc.match_substring(table[name], "\n")
-        if pc.any(spanning).as_py():
-            row = spanning.index(True).as_py()
-            raise InputError(f"input {path}, data row {row + 1}, column {name!r}: {_SPANS}")
-
-
-def _header(path: Path, separator: str) -> list[str]:
-    with pa.input_stream(str(path), compression="detect") as stream, io.TextIOWrapper(stream, "utf-8-sig") as text:
-        names = next(reader(text, delimiter=separator), [])
-    if not names:
-        raise InputError(f"input {path} is empty; its first line must name the columns")
-    return names
-
-
-def _require_distinct(path: Path, names: list[str]) -> None:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InputError(f"input {path} has the column {twice[0]!r} twice")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        filesystem, inside = pafs.FileSystem.from_uri(path.replace("*", "%2A"))
+    except (pa.ArrowException, ValueError) as error:
+        raise InputError(f"input {path} is no address of a file system: {one_line(error)}") from None
+    return filesystem, unquote(inside)

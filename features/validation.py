@@ -12,7 +12,11 @@ from features.errors import InputError
 class Frozen(BaseModel):
     """Base of everything that is configured: immutable, and a key nobody documented is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True)
+
+    def plain(self) -> dict[str, Any]:
+        """What differs from the defaults, in the form of the YAML file."""
+        return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
 
 
 Model = TypeVar("Model", bound=BaseModel)

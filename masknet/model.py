@@ -1,6 +1,7 @@
-"""The whole model: TorchRec's tables and a MaskNet on top, one definition for training and scoring."""
+"""The whole model: TorchRec's tables, embeddings of values, and a MaskNet on top; one definition to train and score."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,49 +13,89 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from masknet.config import MaskNetConfig
 from masknet.networks import build_network
+from masknet.values import INIT_STD, ValueEmbedding, ValueField
 
-INIT_STD = 0.01
+_VALUES = "values."  # of the value embeddings' weights, beside the network's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A field's embedding table: its rows and how several ids of a row are pooled ('sum' or 'mean')."""
+    """An embedding table: the fields that share it, its rows, and how several ids of a row are pooled."""
 
     name: str
+    features: tuple[str, ...]
     rows: int
     pooling: Literal["sum", "mean"]
 
 
 class MaskNet(nn.Module):
-    """Ids → embeddings [B, F, d] → logits [B].
+    """Ids and values → embeddings [B, F, d] → logits [B].
 
     Args:
         config: the network's shape.
-        tables: one per field; their order is the order of F.
+        tables: every field with ids is a feature of one of them.
+        fields: the order of F: fields with ids by name, fields with values as `ValueField`.
         device: where the tables are made; "meta" leaves that to TorchRec's sharding.
+
+    Raises:
+        ValueError: no field has ids, or the configuration leaves a layer without units.
     """
 
-    def __init__(self, config: MaskNetConfig, tables: tuple[Table, ...], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: MaskNetConfig,
+        tables: tuple[Table, ...],
+        fields: tuple[str | ValueField, ...],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
-        self.field_names = [table.name for table in tables]
+        if not tables:
+            raise ValueError("no field has ids: a MaskNet needs one embedding table at least")
+        values = [field for field in fields if isinstance(field, ValueField)]
+        self.field_names = [field.name if isinstance(field, ValueField) else field for field in fields]
+        self.table_names = [table.name for table in tables]
         self._dim = config.embedding_dim
         self.embeddings = EmbeddingBagCollection(
             tables=[_bag_config(index, table, config.embedding_dim) for index, table in enumerate(tables)],
             device=torch.device(device),
         )
-        self.network = build_network(config, len(tables))
+        raw = [i for i, field in enumerate(fields) if isinstance(field, ValueField) and not field.normalize]
+        self.network = build_network(config, len(fields), tuple(raw))
+        self.values = ValueEmbedding([field.name for field in values], config.embedding_dim) if values else None
 
-    def forward(self, ids: KeyedJaggedTensor) -> torch.Tensor:
-        """Logits [B] in fp32."""
-        pooled = self.embeddings(ids)
-        # By name: the order of the tensor's own values follows the sharding plan, not the fields.
-        emb_BD = KeyedTensor.regroup([pooled], [self.field_names])[0]
+    def forward(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
+        """Logits [B] in fp32.
+
+        Args:
+            ids: the ids of the fields that have some, under their names.
+            values_BV: the V value fields in their order, 0 where missing.
+            missing_BV: 1 where a value is missing, else 0.
+        """
+        embedded = [self.embeddings(ids)]
+        if self.values is not None:
+            embedded.append(self.values(values_BV, missing_BV))
+        # By name: the order of the tables' own output follows the sharding plan, not the fields.
+        emb_BD = KeyedTensor.regroup(embedded, [self.field_names])[0]
         logit_B: torch.Tensor = self.network(emb_BD.view(-1, len(self.field_names), self._dim))
         return logit_B.float()
 
+    def dense_state(self) -> dict[str, torch.Tensor]:
+        """Copies, on the CPU, of all weights but the tables': the network's, and the value embeddings' as values.*."""
+        state = dict(self.network.state_dict())
+        if self.values is not None:
+            state |= self.values.state_dict(prefix=_VALUES)
+        return {name: weight.detach().cpu().clone() for name, weight in state.items()}
+
+    def load_weights(self, dense: Mapping[str, torch.Tensor], tables: Sequence[torch.Tensor]) -> None:
+        """Take over what `dense_state` gave, and whole tables [rows, d]; RuntimeError where they do not fit."""
+        state = {name if name.startswith(_VALUES) else f"network.{name}": weight for name, weight in dense.items()}
+        state |= {f"embeddings.embedding_bags.{table_key(i)}.weight": weight for i, weight in enumerate(tables)}
+        self.load_state_dict(state)
+
 
 def table_key(index: int) -> str:
-    """What TorchRec calls a field's table, as a module; the field's name may be no name for one ("type", "a.b")."""
+    """What TorchRec calls a table, as a module; a field's name may be no name for one ("type", "a.b")."""
     return f"t{index:03d}"
 
 
@@ -63,7 +104,7 @@ def _bag_config(index: int, table: Table, dim: int) -> EmbeddingBagConfig:
         name=table_key(index),
         embedding_dim=dim,
         num_embeddings=table.rows,
-        feature_names=[table.name],
+        feature_names=list(table.features),
         pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
     )
 

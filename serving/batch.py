@@ -1,13 +1,15 @@
-"""Batch scoring: raw files in, Parquet with a score column out."""
+"""Batch scoring: raw files in, Parquet with a score column out, a chunk at a time."""
 
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.chunks import RawChunk
 from features.errors import InputError
 from features.files import folder_written_whole
-from features.sources import RawFile, find_files, read_file
+from features.sources import find_sources
+from features.units import read_source
 from serving.bundle import Bundle
 
 SCORE = "score"
@@ -21,15 +23,23 @@ def score_files(bundle: Bundle, sources: list[str], out: Path) -> int:
     """
     rows = 0
     with folder_written_whole(out) as folder:
-        for index, path in enumerate(find_files(sources)):
-            raw = read_file(path, bundle.schema)
-            table = _with_scores(bundle, raw)
-            pq.write_table(table, folder / f"part-{index:05d}.parquet", compression="zstd")
-            rows += table.num_rows
+        for index, source in enumerate(find_sources(sources)):
+            writer: pq.ParquetWriter | None = None
+            try:
+                for chunk in read_source(source, bundle.schema.csv):
+                    table = _with_scores(bundle, chunk)
+                    if writer is None:
+                        part = folder / f"part-{index:05d}.parquet"
+                        writer = pq.ParquetWriter(part, table.schema, compression="zstd")
+                    writer.write_table(table)
+                    rows += table.num_rows
+            finally:
+                if writer is not None:
+                    writer.close()
     return rows
 
 
-def _with_scores(bundle: Bundle, raw: RawFile) -> pa.Table:
+def _with_scores(bundle: Bundle, raw: RawChunk) -> pa.Table:
     if SCORE in raw.table.column_names:
         raise InputError(f"input {raw.path} already has a column {SCORE!r}")
     if raw.bad_rows:

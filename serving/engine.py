@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,20 @@ class RankingEngine:
         return self.bundle.schema
 
     def predict(self, rows: Rows) -> ScoreN:
-        """Scores [N] of rows that have every field."""
+        """Scores [N] of rows that have every field that is sent, and the columns that date fields read."""
         return self.bundle.scorer.score(rows)
 
-    def rank(self, context: Mapping[str, Any], candidates: Rows, top_k: int) -> list[Ranked]:
+    def rank(
+        self, context: Mapping[str, Any], candidates: Rows, top_k: int, time: datetime | None = None
+    ) -> list[Ranked]:
         """The best `top_k` candidates, best first, equal scores in the order of the request.
 
         Args:
             context: one value per field that all candidates share.
             candidates: the other fields, a column or a row each.
             top_k: how many to return, at least 1.
+            time: when the candidates are shown, which date fields read; by default now. Without a zone it is UTC. It
+                does not replace a column of times that is given.
 
         Raises:
             InputError: a field is given twice or not at all, or a value cannot be what its field says.
@@ -59,6 +64,9 @@ class RankingEngine:
             raise InputError(f"field {twice[0]!r} is given both in the context and per candidate")
         for name, value in context.items():
             table = table.append_column(name, _repeat(value, table.num_rows))
+        for name in self.schema.date_columns:
+            if name not in table.column_names:
+                table = table.append_column(name, _repeat(time or datetime.now(UTC), table.num_rows))
         score_N = self.predict(table)
         best = np.argsort(-score_N, kind="stable")[:top_k]
         return [Ranked(int(index), float(score_N[index])) for index in best]

@@ -1,52 +1,105 @@
 """Golden rows: synthetic rows whose scores a bundle must reproduce wherever it is loaded."""
 
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from features.columns import Rows
-from features.encoders import Encoder, Quantile, Vocabulary
+from features.columns import canonical
+from features.encoders import Identity, LogBucket, Quantile, Scale, Vocabulary
 from features.errors import InputError
+from features.fields import DateField, ListField, NumericField
 from features.pipeline import FittedField
-from features.schema import ListField
-from serving.scorer import Scorer
+from serving.scorer import ScoreN, Scorer
+from serving.times import from_seconds
 
 GOLDEN_FILE = "golden.json"
 ROWS = 16
 TOLERANCE = 1e-5  # another CPU sums in another order; a wrong table, vocabulary or field order is off by far more
+_SINCE, _UNTIL = 1.5e9, 1.8e9  # seconds: the years 2017 to 2027
+
+Columns = dict[str, list[Any]]
 
 
 def make_golden(scorer: Scorer, seed: int = 0) -> dict[str, Any]:
-    """Rows drawn from the fitted vocabularies and boundaries (no person's data), and their scores."""
+    """Rows drawn from what the encoders were fitted to (no person's data), and their scores.
+
+    Columns that hold nothing but times are seconds since 1970.
+    """
     random = np.random.default_rng(seed)
-    columns = {field.name: _draw(field, random) for field in scorer.pipeline.fields}
-    return {"rows": columns, "scores": scorer.score(columns).tolist()}
+    columns = {field.name: _draw(field, random) for field in _served(scorer)}
+    own = set(columns)
+    for date in _dates(scorer):
+        if date.from_ in own:
+            columns[date.from_] = _only_times(columns[date.from_], date)
+        elif date.from_ not in columns:
+            columns[date.from_] = [None, *random.uniform(_SINCE, _UNTIL, ROWS - 1).round().tolist()]
+    return {"rows": columns, "scores": _scores(scorer, columns).tolist()}
 
 
 def check_golden(scorer: Scorer, golden: Any, bundle: str) -> None:
     """InputError unless every golden row gets its score to 1e-5."""
-    rows: Rows = golden["rows"]
-    off_N = np.abs(scorer.score(rows) - np.asarray(golden["scores"]))
+    off_N = np.abs(_scores(scorer, golden["rows"]) - np.asarray(golden["scores"]))
     if not np.all(off_N <= TOLERANCE):
         worst = int(np.nanargmax(off_N))
         raise InputError(f"bundle {bundle} is refused: golden row {worst} scores {off_N[worst]:.2e} off its record")
 
 
+def _served(scorer: Scorer) -> list[FittedField]:
+    """The fields that clients send."""
+    inputs = scorer.pipeline.inputs
+    return [f for f in inputs if not isinstance(f.spec, DateField) and not getattr(f.spec, "training_only", None)]
+
+
+def _dates(scorer: Scorer) -> list[DateField]:
+    return [field.spec for field in scorer.pipeline.fields if isinstance(field.spec, DateField)]
+
+
+def _scores(scorer: Scorer, columns: Columns) -> ScoreN:
+    fields = {field.name for field in _served(scorer)}
+    only_times = {date.from_ for date in _dates(scorer)} - fields
+    return scorer.score({name: _times(values) if name in only_times else values for name, values in columns.items()})
+
+
+def _times(seconds: Iterable[float | None]) -> list[datetime | None]:
+    return [None if second is None else from_seconds(second) for second in seconds]
+
+
+def _only_times(values: list[Any], date: DateField) -> list[Any]:
+    """A field's values without those that the date field which reads them as well cannot read."""
+    bad_N = canonical(pa.table({date.from_: pa.array(values)}), date).bad_N
+    return values if bad_N is None else [None if bad else v for bad, v in zip(bad_N.tolist(), values, strict=True)]
+
+
 def _draw(field: FittedField, random: np.random.Generator) -> list[Any]:
-    """Known values, with a missing one first and a never-seen one second."""
-    if isinstance(field.encoder, Quantile):
-        edges = field.encoder.boundaries if len(field.encoder.boundaries) else np.zeros(1)
-        return [None, *(float(random.choice(edges)) + float(random.choice([-0.5, 0.0, 0.5])) for _ in range(ROWS - 1))]
+    """Known values, with a missing one first and, but for numbers, a never-seen one second."""
+    if isinstance(field.spec, NumericField):
+        draw = _number(field, random)
+        return [None, *(draw() for _ in range(ROWS - 1))]
+    unseen = str(field.encoder.buckets) if isinstance(field.encoder, Identity) else "golden never seen"
+    known = [[_value(field, random) for _ in range(1 + i % 3)] for i in range(ROWS - 2)]
     if isinstance(field.spec, ListField):
-        return [
-            None,
-            ["\u0000never seen"],
-            *([_value(field.encoder, random) for _ in range(1 + i % 3)] for i in range(ROWS - 2)),
-        ]
-    return [None, "\u0000never seen", *(_value(field.encoder, random) for _ in range(ROWS - 2))]
+        return [None, [unseen], *known]
+    return [None, unseen, *(values[0] for values in known)]
 
 
-def _value(encoder: Encoder, random: np.random.Generator) -> str:
-    if isinstance(encoder, Vocabulary) and len(encoder.values):
-        return str(encoder.values[int(random.integers(len(encoder.values)))].as_py())
+def _number(field: FittedField, random: np.random.Generator) -> Callable[[], float]:
+    """Draws numbers from all over the encoder's buckets, or from around the mean of its values."""
+    encoder = field.encoder
+    if isinstance(encoder, Quantile):
+        edges = encoder.boundaries if len(encoder.boundaries) else np.zeros(1)
+        return lambda: float(random.choice(edges)) + float(random.choice([-0.5, 0.0, 0.5]))
+    if isinstance(encoder, LogBucket):
+        return lambda: float(np.exp(random.uniform(0.0, 12.0)).round()) - 3.0
+    assert isinstance(encoder, Scale)  # the schema has no other for numbers
+    return lambda: encoder.shift + encoder.scale * round(float(random.uniform(-1.0, 1.0)), 3)
+
+
+def _value(field: FittedField, random: np.random.Generator) -> str:
+    if isinstance(field.encoder, Vocabulary) and len(field.encoder.values):
+        return str(field.encoder.values[int(random.integers(len(field.encoder.values)))].as_py())
+    if isinstance(field.encoder, Identity):
+        return str(random.integers(field.encoder.buckets))
     return f"golden {random.integers(1_000_000)}"

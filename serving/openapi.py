@@ -1,11 +1,17 @@
 """The OpenAPI description of the routes, written from the model's own schema."""
 
+from datetime import UTC, datetime
 from typing import Any
 
-from features.schema import FieldSpec, ListField, NumericField, Schema
+from features.fields import DateField, ListField, NumericField, RawField
+from features.schema import Schema
 from serving.requests import DEFAULT_TOP_K, MAX_ROWS
+from serving.times import EXPECTED, time_columns
+from serving.values import is_identity
 
 Json = dict[str, Any]
+_MOMENT = datetime(2024, 5, 1, 18, 30, tzinfo=UTC)
+_TIME: list[Json] = [{"type": "number"}, {"type": "string"}]
 _ERRORS = {
     "400": "The body is not JSON",
     "405": "The route takes another method",
@@ -53,22 +59,27 @@ def _plain(description: str) -> Json:
 
 
 def _rank_body(schema: Schema) -> Json:
-    fields = {field.name: _value(field) for field in schema.fields}
-    candidates = {name: _example(schema, name) for name in schema.candidate_fields}
+    fields = {field.name: _value(schema, field) for field in schema.served_fields}
     body = _object({"context": _object(fields), "candidates": _rows(fields)}, required=["candidates"])
     body["properties"]["top_k"] = {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K}
+    body["properties"]["time"] = {"oneOf": _TIME, "description": f"{EXPECTED}, for date fields; now where left out"}
+    examples = {field.name: _example(schema, field) for field in schema.served_fields}
+    own = schema.candidate_fields or tuple(examples)  # some fields must come with the candidates
     example = {
-        "context": {name: _example(schema, name) for name in schema.context},
-        "candidates": {name: [value, value] for name, value in candidates.items()},
+        "context": {name: value for name, value in examples.items() if name not in own},
+        "candidates": {name: [examples[name]] * 2 for name in own},
         "top_k": 1,
     }
-    return {"schema": body, "example": example}
+    return {"schema": body, "example": example | ({"time": _MOMENT.isoformat()} if schema.date_columns else {})}
 
 
 def _predict_body(schema: Schema) -> Json:
-    fields = {field.name: _value(field) for field in schema.fields}
-    body = _object({"rows": _rows(fields)}, required=["rows"])
-    return {"schema": body, "example": {"rows": [{name: _example(schema, name) for name in fields}]}}
+    fields = {field.name: _value(schema, field) for field in schema.served_fields}
+    times = {"oneOf": _TIME, "nullable": True, "description": EXPECTED}
+    fields |= dict.fromkeys(time_columns(schema), times)
+    row = {field.name: _example(schema, field) for field in schema.served_fields}
+    row |= dict.fromkeys(time_columns(schema), _MOMENT.timestamp())
+    return {"schema": _object({"rows": _rows(fields)}, required=["rows"]), "example": {"rows": [row]}}
 
 
 def _rows(fields: dict[str, Json]) -> Json:
@@ -77,19 +88,28 @@ def _rows(fields: dict[str, Json]) -> Json:
     return {"oneOf": [_object(columns), rows], "description": "Columns, or rows; every field once, here or in context"}
 
 
-def _value(field: FieldSpec) -> Json:
-    text_or_int: list[Json] = [{"type": "string"}, {"type": "integer"}]
+def _value(schema: Schema, field: RawField) -> Json:
     if isinstance(field, NumericField):
         return {"type": "number", "nullable": True}
+    one: list[Json] = [{"type": "string"}, {"type": "integer"}]
+    if is_identity(schema, field):
+        one = [{"type": "string", "pattern": r"^[0-9]{1,18}$"}, {"type": "integer", "minimum": 0}]
     if isinstance(field, ListField):
-        items: Json = {"type": "array", "items": {"oneOf": text_or_int}}
+        items: Json = {"type": "array", "items": {"oneOf": one}}
         return {"oneOf": [items, {"type": "string"}] if field.separator else [items], "nullable": True}
-    return {"oneOf": text_or_int, "nullable": True}
+    return {"oneOf": one, "nullable": True}
 
 
-def _example(schema: Schema, name: str) -> Any:
-    field = next(field for field in schema.fields if field.name == name)
-    return 1 if isinstance(field, NumericField) else ["a", "b"] if isinstance(field, ListField) else "1"
+def _example(schema: Schema, field: RawField) -> Any:
+    """A value that the field takes; a time where a date field reads the same column."""
+    dates = [other for other in schema.fields if isinstance(other, DateField) and other.from_ == field.name]
+    if dates:
+        text = _MOMENT.strftime(dates[0].format) if dates[0].format else f"{_MOMENT.timestamp():.0f}"
+        return float(text) if isinstance(field, NumericField) else text
+    if isinstance(field, NumericField):
+        return 1
+    texts = ["1", "2"] if is_identity(schema, field) else ["a", "b"]
+    return texts if isinstance(field, ListField) else "1"
 
 
 def _model_reference() -> Json:

@@ -11,7 +11,7 @@ from serving.models import BUNDLE_ARTIFACT
 
 
 class Ranker(mlflow.pyfunc.PythonModel):
-    """Scores frames of raw rows with the one scorer."""
+    """Scores frames of raw rows with the one scorer; columns of training-only fields may be left out."""
 
     def load_context(self, context: Any) -> None:
         """Verify and load the bundle that was logged with the model."""

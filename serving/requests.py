@@ -1,14 +1,15 @@
-"""Request bodies into checked columns. Every rule about what a client may send stands here."""
+"""Request bodies into checked columns. What may be sent for a field stands in serving.values."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import orjson
 
-from features.schema import FieldSpec, ListField, NumericField, Schema
+from features.schema import Schema
 from serving.api_errors import ApiError
+from serving.times import parse_time
+from serving.values import Sent
 
 MAX_ROWS = 5_000
 DEFAULT_TOP_K = 10
@@ -18,31 +19,32 @@ Columns = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class RankRequest:
-    """A checked /rank body: raw values, ready for the engine."""
+    """A checked /rank body: raw values, ready for the engine; without a time it is now."""
 
     context: dict[str, Any]
     candidates: Columns
     top_k: int
+    time: datetime | None
 
 
 def parse_rank(body: bytes, schema: Schema) -> RankRequest:
     """Check a /rank body; ApiError says what is wrong and where."""
-    data = _object(body, {"context", "candidates", "top_k"}, required={"candidates"})
+    data = _object(body, {"context", "candidates", "top_k", "time"}, required={"candidates"})
     context = data.get("context", {})
     if not isinstance(context, dict):
         raise ApiError(422, "wrong_type", "context must be an object of field values", "context")
-    fields = {field.name: field for field in schema.fields}
+    sent = Sent.of(schema, with_times=False)
     for name, value in context.items():
-        _known(name, fields, f"context.{name}")
-        context[name] = _value(fields[name], value, f"context.{name}")
-    candidates = _columns(data["candidates"], "candidates", fields, given=context)
-    return RankRequest(context, candidates, _top_k(data.get("top_k", DEFAULT_TOP_K)))
+        context[name] = sent.known(name, f"context.{name}")(value, f"context.{name}")
+    candidates = _columns(data["candidates"], "candidates", sent, given=context)
+    time = parse_time(data["time"], "time") if "time" in data else None
+    return RankRequest(context, candidates, _top_k(data.get("top_k", DEFAULT_TOP_K)), time)
 
 
 def parse_predict(body: bytes, schema: Schema) -> Columns:
     """Check a /predict body; ApiError says what is wrong and where."""
     data = _object(body, {"rows"}, required={"rows"})
-    return _columns(data["rows"], "rows", {field.name: field for field in schema.fields}, given={})
+    return _columns(data["rows"], "rows", Sent.of(schema, with_times=True), given={})
 
 
 def _object(body: bytes, allowed: set[str], required: set[str]) -> dict[str, Any]:
@@ -67,18 +69,18 @@ def _top_k(value: Any) -> int:
     return value
 
 
-def _columns(data: Any, place: str, fields: dict[str, FieldSpec], given: dict[str, Any]) -> Columns:
+def _columns(data: Any, place: str, sent: Sent, given: dict[str, Any]) -> Columns:
     """Columns of checked values, from columns or from rows; fields in `given` must not be there, all others must."""
     _require_at_most(MAX_ROWS, data, place)
     if isinstance(data, list):
-        count, columns = len(data), _from_rows(data, place, fields)
+        count, columns = len(data), _from_rows(data, place, sent)
     elif isinstance(data, dict):
-        count, columns = _from_columns(data, place, fields)
+        count, columns = _from_columns(data, place, sent)
     else:
         raise ApiError(422, "wrong_type", f"{place} must be an object of columns or an array of rows", place)
     if count == 0 or not columns:
         raise ApiError(422, "no_rows", f"{place} is empty", place)
-    for name in fields:
+    for name in sent.checks:
         if name in columns and name in given:
             raise ApiError(422, "field_twice", f"field {name!r} is also in the context", f"{place}.{name}")
         if name not in columns and name not in given:
@@ -96,13 +98,13 @@ def _require_at_most(limit: int, data: Any, place: str) -> None:
         raise ApiError(413, "too_many_rows", f"{count} {place}; at most {limit} are taken at once", place)
 
 
-def _from_columns(data: dict[str, Any], place: str, fields: dict[str, FieldSpec]) -> tuple[int, Columns]:
+def _from_columns(data: dict[str, Any], place: str, sent: Sent) -> tuple[int, Columns]:
     columns: Columns = {}
     for name, values in data.items():
-        _known(name, fields, f"{place}.{name}")
+        check = sent.known(name, f"{place}.{name}")
         if not isinstance(values, list):
             raise ApiError(422, "wrong_type", f"column {name!r} must be an array", f"{place}.{name}")
-        columns[name] = [_value(fields[name], value, f"{place}.{name}[{i}]") for i, value in enumerate(values)]
+        columns[name] = [check(value, f"{place}.{name}[{i}]") for i, value in enumerate(values)]
     lengths = {name: len(values) for name, values in columns.items()}
     count = max(lengths.values(), default=0)
     for name, length in lengths.items():
@@ -112,55 +114,20 @@ def _from_columns(data: dict[str, Any], place: str, fields: dict[str, FieldSpec]
     return count, columns
 
 
-def _from_rows(rows: list[Any], place: str, fields: dict[str, FieldSpec]) -> Columns:
+def _from_rows(rows: list[Any], place: str, sent: Sent) -> Columns:
     columns: Columns = {}
     names = list(rows[0]) if rows and isinstance(rows[0], dict) else []
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ApiError(422, "wrong_type", f"{place}[{i}] must be an object of field values", f"{place}[{i}]")
         for name, value in row.items():
-            _known(name, fields, f"{place}[{i}].{name}")
+            check = sent.known(name, f"{place}[{i}].{name}")
             values = columns.setdefault(name, [])
             if len(values) != i:
                 raise ApiError(422, "missing_field", f"field {name!r} is missing before this row", f"{place}[0].{name}")
-            values.append(_value(fields[name], value, f"{place}[{i}].{name}"))
+            values.append(check(value, f"{place}[{i}].{name}"))
         for name in names:
             if name not in row:
                 message = f"field {name!r} is missing; send null for no value"
                 raise ApiError(422, "missing_field", message, f"{place}[{i}].{name}")
     return columns
-
-
-def _known(name: str, fields: dict[str, FieldSpec], location: str) -> None:
-    if name not in fields:
-        raise ApiError(422, "unknown_field", f"unknown field {name!r}; there are {', '.join(fields)}", location)
-
-
-def _value(field: FieldSpec, value: Any, location: str) -> Any:
-    """The value as the pipeline takes it; null is a missing value everywhere."""
-    if value is None:
-        return None
-    if isinstance(field, NumericField):
-        return float(_checked(value, _is_number, "a finite number", location))
-    if isinstance(field, ListField):
-        if isinstance(value, list):
-            return [_text(item, f"{location}[{i}]") for i, item in enumerate(value)]
-        if field.separator is None:
-            raise ApiError(422, "wrong_type", "expected an array of texts or whole numbers", location)
-        text = _checked(value, lambda v: isinstance(v, str), "an array, or text with separators", location)
-        return text.split(field.separator)
-    return _text(value, location)
-
-
-def _text(value: Any, location: str) -> str:
-    return str(_checked(value, lambda v: type(v) in (str, int), "text or a whole number", location))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _checked(value: Any, rule: Callable[[Any], bool], expected: str, location: str) -> Any:
-    if not rule(value):
-        raise ApiError(422, "wrong_type", f"expected {expected}, not {type(value).__name__}", location)
-    return value

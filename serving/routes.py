@@ -72,7 +72,7 @@ async def _rank(engine: RankingEngine, request: Request) -> Response:
 
     def work() -> list[Ranked]:
         asked = parse_rank(body, engine.schema)
-        return engine.rank(asked.context, asked.candidates, asked.top_k)
+        return engine.rank(asked.context, asked.candidates, asked.top_k, asked.time)
 
     best = await _compute(work)
     return _json(engine, {"items": [{"index": item.index, "score": item.score} for item in best]})
@@ -87,10 +87,7 @@ async def _predict(engine: RankingEngine, request: Request) -> Response:
 async def _model(engine: RankingEngine, request: Request) -> Response:
     return _json(
         engine,
-        {
-            "metrics": engine.bundle.manifest["metrics"],
-            "schema": engine.schema.model_dump(mode="json", exclude_unset=True),
-        },
+        {"metrics": engine.bundle.manifest["metrics"], "schema": engine.schema.plain()},
     )
 
 

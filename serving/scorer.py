@@ -1,5 +1,7 @@
 """The one scorer: every score that is published, online or offline, comes from here."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,22 +17,29 @@ CHUNK = 8192  # rows at once: bounds memory; a row's score does not depend on it
 
 
 class Scorer:
-    """Probability of a click, σ(logit) in fp32, for raw or encoded rows."""
+    """Probability of a click in fp32, for raw or encoded rows: σ(logit − log(1 / rate)).
 
-    def __init__(self, pipeline: FeaturePipeline, model: MaskNet) -> None:
+    Args:
+        pipeline: what encodes the rows.
+        model: trained on rows so encoded.
+        sampling_rate: the kept share of negatives among those rows; 1 where none were dropped.
+    """
+
+    def __init__(self, pipeline: FeaturePipeline, model: MaskNet, sampling_rate: float) -> None:
         self.pipeline = pipeline
         self.model = model.eval()
+        self._shift = math.log(sampling_rate)
 
     def score(self, rows: Rows) -> ScoreN:
         """Scores [N] of raw rows; InputError names the field and row that cannot be encoded."""
         return self.score_encoded(self.pipeline.encode(rows))
 
     def score_encoded(self, encoded: pa.Table) -> ScoreN:
-        """Scores [N] of rows that this scorer's pipeline has encoded."""
-        rows = EncodedRows(encoded, self.pipeline.names)
+        """Scores [N] of rows that this scorer's pipeline has encoded; training-only fields count as their defaults."""
+        rows = EncodedRows.of(self.pipeline.as_served(encoded), self.pipeline.layout)
         score_N = np.empty(rows.num_rows, np.float32)
         with torch.inference_mode():
             for start in range(0, rows.num_rows, CHUNK):
                 row_B = np.arange(start, min(start + CHUNK, rows.num_rows))
-                score_N[row_B] = self.model(rows.gather(row_B)).sigmoid().numpy()
+                score_N[row_B] = (self.model(*rows.gather(row_B)) + self._shift).sigmoid().numpy()
         return score_N

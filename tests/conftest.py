@@ -21,8 +21,9 @@ from rich.console import Console
 
 from features import movielens
 from features.dataset import PreparedDataset
-from features.prepare import SplitRule, prepare
+from features.prepare import prepare
 from features.schema import load_schema
+from features.splits import SplitRule
 from serving.bundle import Bundle, load_bundle
 from training.config import Config, load_config
 

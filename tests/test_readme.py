@@ -74,7 +74,17 @@ def start(home: Path, command: str) -> subprocess.Popen[str]:
 
 def test_commands_run_in_order(home: Path) -> None:
     names = [shlex.split(command)[1] for command in COMMANDS]
-    assert names == ["prepare", "train", "train", "evaluate", "promote", "score", "serve"]
+    assert names == [
+        "prepare",
+        "prepare",
+        *2 * ["train"],
+        "evaluate",
+        "promote",
+        "score",
+        "prepare",
+        "evaluate",
+        "serve",
+    ]
     for command in COMMANDS[:-1]:
         process = start(home, command)
         _, error = process.communicate(timeout=120)

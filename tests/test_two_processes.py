@@ -47,9 +47,10 @@ def losses(home: Path, run_id: str) -> np.ndarray:
 
 # Not adagrad, whose first step moves every weight by the whole learning rate in the direction of its gradient's sign:
 # where a gradient is nearly zero, rounding decides the sign, and the curves part after a dozen equal steps.
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-def test_loss_curve_and_model_are_those_of_one_process(data: Path, tmp_path: Path, optimizer: str) -> None:
-    sparse = f"optimizer.sparse={{name: {optimizer}, lr: 0.05}}"
+# Row-wise Adagrad has the same trouble at larger learning rates: at .05 the curves part after sixteen steps.
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.05), ("rowwise_adagrad", 0.02)])
+def test_loss_curve_and_model_are_those_of_one_process(data: Path, tmp_path: Path, optimizer: str, lr: float) -> None:
+    sparse = f"optimizer.sparse={{name: {optimizer}, lr: {lr}}}"
     results = {n: train(tmp_path / str(n), data, n, sparse) for n in (1, 2)}
     one, two = (losses(tmp_path / str(n), results[n]["run_id"]) for n in (1, 2))
     assert len(one) == len(two) == results[1]["steps"] == 20

@@ -7,12 +7,13 @@ import scipy.sparse as sparse
 from sklearn.linear_model import LogisticRegression
 
 from features.batches import EncodedRows
-from features.checks import LABEL
-from features.dataset import PreparedDataset
+from features.dataset import LABEL, PreparedDataset
+from features.encoders import UNKNOWN, Scale
 from features.metrics import logloss
 
 ScoreN = npt.NDArray[np.float64]
 STRENGTHS = (0.01, 0.1, 1.0)  # inverse L2 penalties tried; the validation split chooses
+HIDING_SEED = 1
 ITERATIONS = 1000  # more than it takes; the solver stops by itself
 
 
@@ -27,21 +28,31 @@ def baseline_scores(dataset: PreparedDataset, split: str) -> dict[str, ScoreN]:
 
 
 def _logistic_regression(dataset: PreparedDataset, train: pa.Table, valid: pa.Table, asked: pa.Table) -> ScoreN:
-    train_x, valid_x = _one_hot(dataset, train), _one_hot(dataset, valid)
+    train_x, valid_x = _columns(dataset, train, hide=True), _columns(dataset, valid)
     train_y, valid_y = train[LABEL].to_numpy(), valid[LABEL].to_numpy()
     if train_y.min() == train_y.max():
         return np.full(asked.num_rows, float(train_y[0]))
     models = [LogisticRegression(C=c, max_iter=ITERATIONS).fit(train_x, train_y) for c in STRENGTHS]
     best = min(models, key=lambda model: logloss(valid_y, model.predict_proba(valid_x)[:, 1]))
-    score_N: ScoreN = best.predict_proba(_one_hot(dataset, asked))[:, 1]
+    score_N: ScoreN = best.predict_proba(_columns(dataset, asked))[:, 1]
     return score_N
 
 
-def _one_hot(dataset: PreparedDataset, table: pa.Table) -> sparse.csr_matrix:
-    """A column per id of every field, [N, Σ ids]; a list's entries share a weight of one."""
-    ids = EncodedRows(table, dataset.pipeline.names).gather(np.arange(table.num_rows))
-    blocks = []
+def _columns(dataset: PreparedDataset, table: pa.Table, hide: bool = False) -> sparse.csr_matrix:
+    """A column per id of every field, [N, Σ ids], and one per value and missing value; a list's ids share one.
+
+    With `hide`, the share unknown_rate of the ids is hidden, as it is from the model in training.
+    """
+    rows = EncodedRows.of(dataset.pipeline.as_served(table), dataset.pipeline.layout)
+    if hide:
+        random = np.random.default_rng(HIDING_SEED)
+        for name, rate in dataset.pipeline.hidden.items():
+            rows.hide(name, rate, UNKNOWN, random)
+    ids, values, missing = rows.gather(np.arange(table.num_rows))
+    blocks = [sparse.csr_matrix(values.numpy()), sparse.csr_matrix(missing.numpy())]
     for field in dataset.pipeline.fields:
+        if isinstance(field.encoder, Scale):
+            continue
         jagged = ids[field.name]
         length_N = jagged.lengths().numpy()
         offsets = np.concatenate([[0], np.cumsum(length_N)])

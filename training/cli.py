@@ -78,10 +78,12 @@ def demo(
 
 @app.command()
 def prepare(
-    schema: Annotated[Path, typer.Argument(help="Schema file: which columns there are and what each becomes.")],
+    schema: Annotated[
+        str, typer.Argument(help="Schema file: which columns there are and what each becomes; or synthetic:criteo.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the prepared data set; must not exist yet.")],
     input: Annotated[
-        list[str] | None, typer.Option(help="Raw file, folder or glob to split with --split; repeatable.")
+        list[str] | None, typer.Option(help="Raw file, folder, glob or URI to split with --split; repeatable.")
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="time:0.8,0.1,0.1 or random:0.8,0.1,0.1 (train, valid, test).")
@@ -89,49 +91,54 @@ def prepare(
     train: Annotated[list[str] | None, typer.Option(help="Raw files of the training split; repeatable.")] = None,
     valid: Annotated[list[str] | None, typer.Option(help="Raw files of the validation split; repeatable.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Raw files of the test split; repeatable.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Encode with this model's fitted encoders; any splits will do.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local (threads of this process) or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use with --engine ray; by default one is started here.")
+    ] = None,
     max_bad_rows: MaxBadRows = 0.01,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of synthetic:criteo.")] = 1_000_000,
+    cardinality: Annotated[int, typer.Option(help="Distinct ids of synthetic:criteo's largest field.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**20, help="Seed of synthetic:criteo.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Turn raw click logs (CSV, TSV, Parquet; plain, gzip or zstd) into a prepared data set.
 
     Give all rows with --input and --split, or the three splits with --train, --valid and --test. Encoders are fitted on
-    the training split only. Rows that break a rule go to OUT/quarantine with file, line and reason.
+    the training split only. Rows that break a rule go to OUT/quarantine with file, line, column and reason.
 
         masknet prepare features/schemas/movielens.yaml --input clicks.parquet --split time:0.8,0.1,0.1 --out data
+        masknet prepare features/schemas/criteo.yaml --input train.txt --split random:0.8,0.1,0.1 --out data
+        masknet prepare schema.yaml --test today/ --pipeline models:/ranker@champion --out today-encoded
+        masknet prepare synthetic:criteo --rows 1000000 --out data
     """
-    from features.prepare import SplitRule
-    from features.prepare import prepare as run_prepare
-    from features.schema import load_schema
+    from training.preparing import PrepareOptions, run_prepare
 
-    started = time.perf_counter()
-    given = {"train": train, "valid": valid, "test": test}
-    if bool(input) != bool(split) or bool(input) == any(given.values()):
-        raise InputError("give either --input with --split, or --train, --valid and --test")
-    missing = [f"--{name}" for name, files in given.items() if not files]
-    if not input and missing:
-        raise InputError(f"{', '.join(missing)} missing: every split needs rows")
-    sources = {"input": input} if input else {name: files for name, files in given.items() if files}
-    with console.status("preparing") as status:
-        done = run_prepare(
-            load_schema(schema),
-            sources,
-            out,
-            split=SplitRule.parse(split) if split else None,
-            max_bad_rows=max_bad_rows,
-            progress=status.update,
-        )
-    result = {
-        "out": str(out),
-        "rows": done.rows,
-        "quarantined": done.bad_rows,
-        "seconds": time.perf_counter() - started,
-    }
+    given = {"input": input, "train": train, "valid": valid, "test": test}
+    options = PrepareOptions(
+        schema=schema,
+        out=out,
+        sources={name: files for name, files in given.items() if files},
+        split=split,
+        pipeline=pipeline,
+        engine=engine,
+        address=address,
+        max_bad_rows=max_bad_rows,
+        rows=rows,
+        cardinality=cardinality,
+        seed=seed,
+    )
+    result, done = run_prepare(options, console)
     if not as_json:
         from training.tables import profile_table
 
         Console().print(profile_table(done.profile))
-    rows = ", ".join(f"{name} {count:,}" for name, count in done.rows.items())
-    _answer(as_json, result, f"{out}: {rows} rows; {done.bad_rows} set aside")
+    for finding in done.profile["findings"]:
+        console.print(f"look at  {finding}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    told = ", ".join(f"{name} {count:,}" for name, count in done.rows.items())
+    _answer(as_json, result, f"{out}: {told} rows; {done.bad_rows} set aside")
 
 
 @app.command()

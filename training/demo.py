@@ -16,8 +16,9 @@ from rich.table import Table
 
 from features import movielens
 from features.errors import InputError
-from features.prepare import SplitRule, prepare
+from features.prepare import prepare
 from features.schema import load_schema
+from features.splits import SplitRule
 from serving.batch import SCORE, score_files
 from serving.bundle import load_bundle
 from serving.models import locate

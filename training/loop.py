@@ -1,5 +1,6 @@
 """The training loop: epochs, validation after each, early stop on the best."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,7 +10,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from features.batches import BatchLoader
+from features.loader import BatchLoader
 from features.metrics import auc, logloss
 from training.config import Config
 from training.distributed import World, concat_over_ranks, sum_over_ranks
@@ -36,7 +37,7 @@ class Observer(Protocol):
 
 @dataclass
 class Weights:
-    """A trained model's weights, whole; the tables are there on rank 0 only."""
+    """A trained model's weights, whole: all but the tables, and the tables by name, those on rank 0 only."""
 
     network: dict[str, torch.Tensor]
     tables: dict[str, torch.Tensor]
@@ -74,7 +75,12 @@ class _Best:
 
 
 def fit(
-    dmp: DistributedModelParallel, config: Config, loaders: dict[str, BatchLoader], world: World, observer: Observer
+    dmp: DistributedModelParallel,
+    config: Config,
+    loaders: dict[str, BatchLoader],
+    world: World,
+    observer: Observer,
+    valid_rate: float = 1.0,
 ) -> FitResult:
     """Train until the epochs are over or validation stops improving; every rank must call this.
 
@@ -84,6 +90,8 @@ def fit(
         loaders: this rank's "train" and "valid" batches.
         world: this process.
         observer: told of every `REPORT_STEPS` steps and of every epoch.
+        valid_rate: the kept share of those negatives that only the training split has lost, for which validation scores
+            are corrected as the served ones are.
 
     Raises:
         Failure: the loss became NaN or infinite; names the step.
@@ -106,7 +114,7 @@ def fit(
         result.steps += len(loaders["train"])
         result.samples += loaders["train"].num_rows
         pipeline.detach()  # validation calls the model itself, without the pipeline's prefetched inputs
-        metrics = {"train_loss": report.mean_loss, **_validate(dmp, loaders["valid"], world)}
+        metrics = {"train_loss": report.mean_loss, **_validate(dmp, loaders["valid"], world, valid_rate)}
         result.history.append(metrics)
         if world.is_main:
             observer.epoch_done(epoch, result.steps, metrics)
@@ -121,8 +129,7 @@ def fit(
 def _collect(dmp: DistributedModelParallel) -> Weights:
     task = unwrapped(dmp)
     assert isinstance(task, ClickTask)  # what `fit` was given
-    network = {name: value.detach().cpu().clone() for name, value in task.model.network.state_dict().items()}
-    return Weights(network, gather_tables(dmp, task.model.field_names))
+    return Weights(task.model.dense_state(), gather_tables(dmp, task.model.table_names))
 
 
 class _Reporter:
@@ -168,14 +175,15 @@ class _Reporter:
         return float(np.mean(self._losses))
 
 
-def _validate(dmp: DistributedModelParallel, loader: BatchLoader, world: World) -> dict[str, float]:
-    """Log loss and AUC of the whole validation split, the same on every rank."""
+def _validate(dmp: DistributedModelParallel, loader: BatchLoader, world: World, rate: float) -> dict[str, float]:
+    """Log loss and AUC of the whole validation split, with scores σ(logit − log(1 / rate)); the same on every rank."""
     dmp.eval()
     outputs: list[StepOutput] = []
     with torch.no_grad():
         for batch in loader.epoch(0):
             outputs.append(dmp(batch.to(world.device))[1])
-    score_N = concat_over_ranks(torch.cat([output.logit_B for output in outputs])).sigmoid().cpu().numpy()
+    logit_N = concat_over_ranks(torch.cat([output.logit_B for output in outputs])) + math.log(rate)
+    score_N = logit_N.sigmoid().cpu().numpy()
     label_N = concat_over_ranks(torch.cat([output.label_B for output in outputs])).cpu().numpy()
     value = auc(label_N, score_N)
     return {"logloss": logloss(label_N, score_N), "auc": float("nan") if value is None else value}

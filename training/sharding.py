@@ -64,11 +64,11 @@ def initialize_tables(dmp: DistributedModelParallel, tables: tuple[Table, ...], 
             local.tensor.detach().copy_(rows[row : row + height, column : column + width])
 
 
-def gather_tables(dmp: DistributedModelParallel, fields: list[str]) -> dict[str, torch.Tensor]:
-    """Whole tables by field name on rank 0, and nothing elsewhere; every rank must call this."""
+def gather_tables(dmp: DistributedModelParallel, names: list[str]) -> dict[str, torch.Tensor]:
+    """Whole tables by their names, given in order, on rank 0, and nothing elsewhere; every rank must call this."""
     full: dict[str, torch.Tensor] = {}
     shards = _sharded_tables(dmp)
-    for index, name in enumerate(fields):
+    for index, name in enumerate(names):
         sharded = shards[table_key(index)]
         out = torch.empty(sharded.size()) if dist.get_rank() == 0 else None
         sharded.gather(dst=0, out=out)

@@ -31,18 +31,21 @@ def metrics_table(evaluation: Evaluation) -> Table:
 
 
 def profile_table(profile: dict[str, Any]) -> Table:
-    """Fields of a prepared data set: size of their tables, and shares of missing and never-seen values per split."""
+    """Fields of a prepared data set: size of their tables, distinct values, and shares per split."""
     splits = list(profile["splits"])
-    table = Table(title=f"prepared fields; shares in {', '.join(splits)}", title_justify="left")
+    table = Table(title=f"prepared fields; distinct values and shares in {', '.join(splits)}", title_justify="left")
     for name in ("field", "type", "encoder"):
         table.add_column(name)
-    for name in ("ids", "missing", "unknown"):
+    for name in ("ids", "distinct", "missing", "unknown", "PSI", "AUC alone"):
         table.add_column(name, justify="right")
     for name, field in profile["fields"].items():
+        distinct = " ".join(f"{field[split]['distinct']:,}" for split in splits)
         shares = [" ".join(_share(field[split], kind) for split in splits) for kind in ("missing", "unknown")]
-        table.add_row(name, field["type"], field["encoder"], f"{field['ids']:,}", *shares)
+        ids = "value" if field["ids"] is None else f"{field['ids']:,}"
+        alone = [number(field[kind]) for kind in ("psi", "auc")]
+        table.add_row(name, field["type"], field["encoder"], ids, distinct, *shares, *alone)
     return table
 
 
 def _share(facts: dict[str, Any], kind: str) -> str:
-    return f"{100 * facts[kind] / facts['values']:4.1f} %" if facts["values"] else "–"
+    return f"{100 * facts[kind] / facts['values']:.1f}%" if facts["values"] else "–"

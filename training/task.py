@@ -30,7 +30,7 @@ class ClickTask(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
         """The loss to minimize, Σ weight · loss over this rank's rows, and what to report."""
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            logit_B = self.model(batch.ids)
+            logit_B = self.model(batch.ids, batch.values_BV, batch.missing_BV)
         loss_B = functional.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="none")
         loss = (loss_B * batch.weight_B).sum()
         return loss, StepOutput(loss.detach(), logit_B.detach(), batch.label_B)

@@ -28,7 +28,7 @@ _NEEDS = (
     "pyarrow",
     "pydantic",
     "safetensors",
-    "xxhash",
+    "polars-hash",
 )
 _BATCH_LIMIT = 1000  # metrics that MLflow takes at once
 

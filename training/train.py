@@ -9,15 +9,14 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from features.batches import BatchLoader, Share
-from features.checks import LABEL, groups_of
-from features.dataset import PreparedDataset
+from features.dataset import LABEL, PreparedDataset, groups_of
 from features.errors import InputError
 from features.files import file_written_whole, write_json
+from features.loader import BatchLoader, Share
 from features.metrics import score_metrics
 from masknet.model import MaskNet
 from masknet.networks import build_network
-from serving.bundle import tables_of, write_bundle
+from serving.bundle import fields_of, tables_of, write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
 from training.distributed import World, join_world
@@ -42,11 +41,11 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(data)
-    splits = {name: dataset.split(name) for name in ("train", "valid", "test")}
+    splits = {name: dataset.split(name) for name in ("valid", "test")}
     _require_trainable(config, dataset, splits)
     with join_world() as world, ExitStack() as stack:
         run, observer = _reporting(config, dataset, world, console, stack)
-        fitted = _fit(config, dataset, splits, world, observer)
+        fitted = _fit(config, dataset, world, observer)
         if run is None:
             return None
         out = out or Path("runs") / config.experiment / run.run_id
@@ -58,6 +57,7 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
             config=config.model,
             schema=dataset.schema,
             pipeline=dataset.pipeline,
+            sampling_rate=dataset.schema.sampling_rate,
             network=fitted.weights.network,
             tables=fitted.weights.tables,
             run_id=run.run_id,
@@ -92,23 +92,23 @@ def _reporting(
     return run, stack.enter_context(TrainingObserver(run, console))
 
 
-def _fit(
-    config: Config, dataset: PreparedDataset, splits: dict[str, pa.Table], world: World, observer: Observer
-) -> FitResult:
+def _fit(config: Config, dataset: PreparedDataset, world: World, observer: Observer) -> FitResult:
     share = Share(rank=world.rank, world=world.size)
-    names, seed = dataset.pipeline.names, config.train.seed
+    pipeline, seed = dataset.pipeline, config.train.seed
     loaders = {
         "train": BatchLoader(
-            splits["train"], names, batch_size=config.train.batch_size, share=share, shuffle_seed=seed
+            dataset.files("train"), pipeline, batch_size=config.train.batch_size, share=share, shuffle_seed=seed
         ),
-        "valid": BatchLoader(splits["valid"], names, batch_size=VALID_BATCH, share=share),
+        "valid": BatchLoader(dataset.files("valid"), pipeline, batch_size=VALID_BATCH, share=share),
     }
     tables = tables_of(dataset.pipeline)
     torch.manual_seed(seed)
-    task = ClickTask(MaskNet(config.model, tables, device="meta"), config.train.precision, world.device.type)
+    model = MaskNet(config.model, tables, fields_of(pipeline), device="meta")
+    task = ClickTask(model, config.train.precision, world.device.type)
     dmp = shard(task, tables, config.optimizer.sparse, world)
     initialize_tables(dmp, tables, config.model.embedding_dim, seed)
-    return fit(dmp, config, loaders, world, observer)
+    sampling = dataset.schema.negative_sampling
+    return fit(dmp, config, loaders, world, observer, valid_rate=sampling.rate if sampling else 1.0)
 
 
 def _split_metrics(scorer: Scorer, splits: dict[str, pa.Table]) -> dict[str, dict[str, float | None]]:

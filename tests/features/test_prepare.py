@@ -13,9 +13,11 @@ import pytest
 from features.dataset import PreparedDataset
 from features.errors import InputError
 from features.files import folder_written_whole
-from features.prepare import Prepared, SplitRule, prepare
+from features.prepare import Prepared, prepare
 from features.schema import Label, Schema
-from features.sources import find_files, read_file
+from features.sources import find_sources
+from features.splits import SplitRule
+from features.units import read_source
 
 SCHEMA = Schema.model_validate(
     {
@@ -42,6 +44,12 @@ def write(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def read(path: Path, schema: Schema) -> tuple[pa.Table, list[int]]:
+    (source,) = find_sources([str(path)])
+    chunks = list(read_source(source, schema.csv))
+    return pa.concat_tables([chunk.table for chunk in chunks]), list(chain.from_iterable(c.line_N for c in chunks))
+
+
 def run(path: Path, out: Path, **options: float) -> Prepared:
     return prepare(SCHEMA, {"input": [str(path)]}, out, split=SplitRule.parse("time:0.8,0.1,0.1"), **options)  # type: ignore[arg-type]
 
@@ -53,9 +61,9 @@ def test_split_by_time_and_contents(tmp_path: Path) -> None:
     train, valid, test = (dataset.split(name) for name in ("train", "valid", "test"))
     assert train["_time"].to_numpy().max() < valid["_time"].to_numpy().min()
     assert valid["_time"].to_numpy().max() < test["_time"].to_numpy().min()
-    # time runs against the order of the file, so the first training row is the file's last
-    first = train.slice(0, 1).to_pylist()[0]
-    assert first["_line"] == 101
+    # time runs against the order of the file, so the training rows are the file's last
+    assert train["_line"].to_pylist() == list(range(22, 102))
+    first = train.to_pylist()[-1]
     assert first["_time"] == 901
     assert first["_group"] == "u0"
     assert first["_label"] == 0.0
@@ -68,9 +76,7 @@ def test_encoders_see_the_training_split_only(tmp_path: Path) -> None:
     lines = [LINES[0], "late;1;t;5;5000;1", *LINES[1:]]
     run(write(tmp_path / "a.csv", lines), tmp_path / "data")
     dataset = PreparedDataset.open(tmp_path / "data")
-    newest = dataset.split("test").to_pylist()[-1]
-    assert newest["_group"] == "late"
-    assert newest["user"] == 1
+    assert {row["_group"]: row["user"] for row in dataset.split("test").to_pylist()}["late"] == 1
 
 
 def test_random_split_is_a_partition_and_repeatable(tmp_path: Path) -> None:
@@ -118,9 +124,9 @@ def test_headerless_text_takes_names_from_the_schema(tmp_path: Path) -> None:
     layout = {"separator": "\t", "header": False, "columns": ["n", "word"]}
     fields = [{"name": "word", "type": "categorical"}]
     schema = Schema.model_validate({"name": "t", "label": {"column": "n"}, "csv": layout, "fields": fields})
-    raw = read_file(path, schema)
-    assert raw.table.to_pydict() == {"n": ["1", "2"], "word": ["x", "y"]}
-    assert raw.line_N.to_pylist() == [1, 2]
+    table, line_N = read(path, schema)
+    assert table.to_pydict() == {"n": ["1", "2"], "word": ["x", "y"]}
+    assert line_N == [1, 2]
 
 
 def test_bad_rows_go_to_quarantine_with_file_line_column_and_reason(tmp_path: Path) -> None:
@@ -134,7 +140,7 @@ def test_bad_rows_go_to_quarantine_with_file_line_column_and_reason(tmp_path: Pa
     done = run(path, tmp_path / "data", max_bad_rows=0.05)
     assert done.bad_rows == 5
     assert sum(done.rows.values()) == 95
-    bad = pq.read_table(tmp_path / "data" / "quarantine" / "rows.parquet").to_pylist()
+    bad = pq.read_table(tmp_path / "data" / "quarantine" / "part-00000.parquet").to_pylist()
     assert {row["line"]: row["column"] for row in bad} == {4: "price", 6: "", 8: "stars", 10: "at", 12: "w"}
     assert all(row["file"] == str(path) for row in bad)
     reasons = {row["line"]: row["reason"] for row in bad}
@@ -206,41 +212,43 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("source", "told"), [("absent.csv", "names no file"), ("*.csv", "names no file")])
 def test_a_source_that_is_not_there(tmp_path: Path, source: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        find_files([str(tmp_path / source)])
+        find_sources([str(tmp_path / source)])
 
 
 def test_a_file_of_an_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(InputError, match=r"a\.xlsx is neither"):
-        find_files([str(tmp_path)])
+        find_sources([str(tmp_path)])
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match=r"a\.parquet is not a readable Parquet file"):
-        read_file(tmp_path / "a.parquet", SCHEMA)
-    (tmp_path / "b.csv").write_bytes(b"user;price\n\xff\xfe;1\n")
+        read(tmp_path / "a.parquet", SCHEMA)
+    (tmp_path / "b.csv").write_bytes(b"us\xff\xfe;price\n1;1\n")
     with pytest.raises(InputError, match=r"b\.csv cannot be read"):
-        read_file(tmp_path / "b.csv", SCHEMA)
+        read(tmp_path / "b.csv", SCHEMA)
 
 
 def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.csv has the column 'user' twice"):
-        read_file(write(tmp_path / "a.csv", ["user;user", "1;2"]), SCHEMA)
+        read(write(tmp_path / "a.csv", ["user;user", "1;2"]), SCHEMA)
     twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["user", "user"])
     pq.write_table(twice, tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet has the column 'user' twice"):
-        read_file(tmp_path / "b.parquet", SCHEMA)
+        read(tmp_path / "b.parquet", SCHEMA)
 
 
-@pytest.mark.parametrize("rows", [(500,), (500, 700)])
-def test_a_stray_quotation_mark_is_told_and_swallows_nothing(tmp_path: Path, rows: tuple[int, ...]) -> None:
-    lines = [LINES[0]] + [f"u;{n};t;5;{n};1" for n in range(1000)]
+@pytest.mark.parametrize("rows", [(500,), (500, 700), (1,), (1000,), (999, 1000), (3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("stray", ['"', 'x";"', 'x;"'])
+def test_a_stray_quotation_mark_costs_its_own_row_only(tmp_path: Path, rows: tuple[int, ...], stray: str) -> None:
+    lines = [LINES[0]] + [f"u;{n};t;5;{n};1" for n in range(1, 1001)]
     for row in rows:
-        lines[row] = '"' + lines[row]
-    with pytest.raises(InputError, match=r"a\.csv.*over several lines"):
-        run(write(tmp_path / "a.csv", lines), tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+        lines[row] = stray + lines[row]
+    done = run(write(tmp_path / "a.csv", lines), tmp_path / "data")
+    bad = pq.read_table(tmp_path / "data" / "quarantine").to_pylist()
+    assert {row["line"] for row in bad} == {row + 1 for row in rows}
+    assert sum(done.rows.values()) == 1000 - len(rows)
 
 
 def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
@@ -257,12 +265,12 @@ def test_hidden_folders_are_no_data(tmp_path: Path) -> None:
     for hidden in (".checkpoints", "_tmp"):
         (tmp_path / hidden).mkdir()
         write(tmp_path / hidden / "b.csv", LINES)
-    assert find_files([str(tmp_path)]) == [tmp_path / "a.csv"]
+    assert [source.path for source in find_sources([str(tmp_path)])] == [str(tmp_path / "a.csv")]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfuser;price\r\nx;1\r\n")
-    assert read_file(tmp_path / "a.csv", SCHEMA).table.to_pydict() == {"user": ["x"], "price": ["1"]}
+    assert read(tmp_path / "a.csv", SCHEMA)[0].to_pydict() == {"user": ["x"], "price": ["1"]}
 
 
 def test_a_damaged_data_set_is_refused(tmp_path: Path) -> None:
@@ -283,8 +291,15 @@ def test_a_damaged_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_profile_counts(tmp_path: Path) -> None:
     facts = run(write(tmp_path / "a.csv", LINES), tmp_path / "data").profile
-    assert facts["splits"]["train"] == {"rows": 80, "positives": 26, "rate": 26 / 80}
-    assert facts["fields"]["user"]["train"] == {"values": 80, "missing": 0, "unknown": 0, "distinct": 3}
+    assert facts["splits"]["train"] == {
+        "rows": 80,
+        "positives": 26,
+        "rate": 26 / 80,
+        "time": {"from": 901.0, "to": 980.0},
+    }
+    top = [["u0", 27], ["u2", 27], ["u1", 26]]  # the rows 20 to 99
+    user = facts["fields"]["user"]
+    assert user["train"] == {"values": 80, "missing": 0, "unknown": 0, "distinct": 3, "top": top}
     assert facts["fields"]["tags"]["ids"] == 5
     assert facts["fields"]["price"]["train"]["quantiles"][0] == 20.0
     clicks = sum(n % 6 >= 4 for n in range(20, 100))
@@ -301,4 +316,4 @@ def test_iso_dates_and_parquet_timestamps_are_seconds(tmp_path: Path) -> None:
     run(tmp_path / "c.csv", tmp_path / "text")
     for name in ("typed", "text"):
         times = PreparedDataset.open(tmp_path / name).split("train")["_time"].to_numpy()
-        np.testing.assert_array_equal(times, np.arange(901.0, 981.0))
+        np.testing.assert_array_equal(times, np.arange(980.0, 900.0, -1))

@@ -335,10 +335,10 @@ def test_head_drops_only_in_training() -> None:
 # The whole model. Neither its own order nor the tables' is alphabetical, and the batch comes in yet another one.
 
 TABLES = (
-    Table(name="user", rows=7, pooling="sum"),
-    Table(name="ad", rows=5, pooling="mean"),
-    Table(name="tags", rows=6, pooling="mean"),
-    Table(name="genres", rows=4, pooling="sum"),
+    Table(name="user", features=("user",), rows=7, pooling="sum"),
+    Table(name="ad", features=("ad",), rows=5, pooling="mean"),
+    Table(name="tags", features=("tags",), rows=6, pooling="mean"),
+    Table(name="genres", features=("genres",), rows=4, pooling="sum"),
 )
 IDS: dict[str, list[list[int]]] = {
     "genres": [[3], [], [0, 1, 2, 3], [2, 2]],
@@ -348,13 +348,15 @@ IDS: dict[str, list[list[int]]] = {
 }
 
 
-def batch(ids: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
+def batch(ids: dict[str, list[list[int]]]) -> tuple[KeyedJaggedTensor, torch.Tensor, torch.Tensor]:
+    """What a model without value fields reads."""
     bags = [bag for bags in ids.values() for bag in bags]
-    return KeyedJaggedTensor(
+    jagged = KeyedJaggedTensor(
         keys=list(ids),
         values=torch.tensor([row for bag in bags for row in bag], dtype=torch.int64),
         lengths=torch.tensor([len(bag) for bag in bags], dtype=torch.int32),
     )
+    return jagged, torch.empty(4, 0), torch.empty(4, 0)
 
 
 def looked_up(model: MaskNet, tables: tuple[Table, ...] = TABLES) -> torch.Tensor:
@@ -368,8 +370,12 @@ def looked_up(model: MaskNet, tables: tuple[Table, ...] = TABLES) -> torch.Tenso
     return torch.from_numpy(out)
 
 
+def names_of(tables: tuple[Table, ...]) -> tuple[str, ...]:
+    return tuple(table.name for table in tables)
+
+
 def a_model(config: MaskNetConfig, tables: tuple[Table, ...] = TABLES) -> MaskNet:
-    return randomized(MaskNet(config, tables), torch.float32)
+    return randomized(MaskNet(config, tables, names_of(tables)), torch.float32)
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -384,12 +390,12 @@ def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_model(kind: str, norm: str) -> None:
     config = configured(kind, embedding_norm=norm)
     model = a_model(config)
-    near(model(batch(IDS)).detach(), reference(config, model.network, looked_up(model)))
+    near(model(*batch(IDS)).detach(), reference(config, model.network, looked_up(model)))
 
 
 def test_order_of_the_batchs_keys_does_not_matter() -> None:
     model = a_model(configured())
-    assert torch.equal(model(batch(dict(sorted(IDS.items())))), model(batch(IDS)))
+    assert torch.equal(model(*batch(dict(sorted(IDS.items())))), model(*batch(IDS)))
 
 
 class Reordered(nn.Module):
@@ -407,27 +413,27 @@ class Reordered(nn.Module):
 @pytest.mark.parametrize("order", [["ad", "genres", "tags", "user"], ["genres", "tags", "ad", "user"]])
 def test_order_of_the_tables_output_does_not_matter(order: list[str]) -> None:
     model = a_model(configured())
-    expected = model(batch(IDS))
+    expected = model(*batch(IDS))
     model.embeddings = Reordered(model.embeddings, order)
-    assert torch.equal(model(batch(IDS)), expected)
+    assert torch.equal(model(*batch(IDS)), expected)
 
 
 def test_order_of_fields_is_the_order_of_the_tables() -> None:
     config = configured()
     turned = TABLES[1:] + TABLES[:1]
     model = a_model(config, turned)
-    near(model(batch(IDS)).detach(), reference(config, model.network, looked_up(model, turned)))
+    near(model(*batch(IDS)).detach(), reference(config, model.network, looked_up(model, turned)))
 
 
 def test_logits_are_fp32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        out = a_model(configured())(batch(IDS))
+        out = a_model(configured())(*batch(IDS))
     assert out.dtype == torch.float32
 
 
 def test_gradients_reach_the_rows_that_were_looked_up() -> None:
     model = a_model(configured())
-    model(batch(IDS)).sum().backward()
+    model(*batch(IDS)).sum().backward()
     for name, bags in IDS.items():
         key = table_key(model.field_names.index(name))
         rows = model.embeddings.embedding_bags[key].weight.grad.abs().sum(dim=1).nonzero().flatten().tolist()
@@ -435,6 +441,6 @@ def test_gradients_reach_the_rows_that_were_looked_up() -> None:
 
 
 def test_tables_can_wait_for_their_device() -> None:
-    model = MaskNet(configured(), TABLES, device="meta")
+    model = MaskNet(configured(), TABLES, names_of(TABLES), device="meta")
     assert all(bag.weight.is_meta for bag in model.embeddings.embedding_bags.values())
     assert not any(parameter.is_meta for parameter in model.network.parameters())

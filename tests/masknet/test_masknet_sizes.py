@@ -60,8 +60,11 @@ AVAZU = {**SERIAL, "reduction_ratio": 2}
 def test_published_sizes(values: dict[str, object], num_fields: int, rows: int, network: int, in_all: int) -> None:
     config = MaskNetConfig.model_validate(values)
     sizes = [1] * (num_fields - 1) + [rows - num_fields + 1]
-    tables = tuple(Table(name=f"field{i}", rows=size, pooling="sum") for i, size in enumerate(sizes))
-    model = MaskNet(config, tables, device="meta")
+    names = tuple(f"field{i}" for i in range(num_fields))
+    tables = tuple(
+        Table(name=name, features=(name,), rows=size, pooling="sum") for name, size in zip(names, sizes, strict=True)
+    )
+    model = MaskNet(config, tables, names, device="meta")
     assert closed_form(config, num_fields) == network
     assert count(model.network) == network
     assert count(model) == in_all
