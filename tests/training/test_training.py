@@ -174,9 +174,14 @@ def test_what_would_fail_late_is_told_before_training(config: Config, planted_da
     assert not (tmp_path / "out").exists()
 
 
-def test_a_training_split_with_hidden_ids_is_not_evaluated(bundle: Bundle, dataset: PreparedDataset) -> None:
-    with pytest.raises(InputError, match="split train has hidden ids"):
-        rows_of_dataset(bundle, dataset, "train")
+def test_the_training_split_is_evaluated_as_it_is_served(
+    bundle: Bundle, dataset: PreparedDataset, raw_rows: Path
+) -> None:
+    """Ids are hidden from training as it goes, and not in the data: every row has the score of its raw row."""
+    assert dataset.pipeline.hidden == {"user_id": 0.1}
+    rows = rows_of_dataset(bundle, dataset, "train").table
+    raw = pl.read_parquet(raw_rows)[rows["_line"].to_numpy() - 1]
+    np.testing.assert_allclose(bundle.scorer.score_encoded(rows), bundle.scorer.score(raw.to_arrow()), atol=1e-6)
 
 
 @pytest.mark.parametrize("alias", ["", "v1", "latest", "a b"])
