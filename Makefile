@@ -51,4 +51,4 @@ lock:
 	echo "recbole==1.2.1" | $(COMPILE:pyproject.toml=-) --no-deps --output-file requirements/data.txt
 
 clean:
-	rm -rf .venv build runs mlruns mlartifacts mlflow.db *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build runs mlruns mlartifacts mlflow.db *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
