@@ -87,7 +87,7 @@ def prepare(
         divided = work.divide(scanned, of_source, split)
         pipeline, edges = work.fit(divided, pipeline)
         pipeline.save(folder / "pipeline")
-        stats = work.encode(divided, folder, edges)
+        stats = work.encode(divided, pipeline, folder, edges)
         _require_rows(stats, set(SPLITS) if split else set(sources))
         _write_quarantine(divided, folder / "quarantine")
         shutil.rmtree(job.work)
@@ -165,11 +165,11 @@ class _Work:
             pipeline = FeaturePipeline.build(fields, counts.encoders(fields))
         return pipeline, _edges(pipeline, counts)
 
-    def encode(self, divided: Divided, folder: Path, edges: Edges) -> Stats:
+    def encode(self, divided: Divided, pipeline: FeaturePipeline, folder: Path, edges: Edges) -> Stats:
         """Write the parts; the statistics of all rows."""
         total = len(self._job.units)
         self._progress("encoding", 0, total)
-        pipeline = FeaturePipeline.load(folder / "pipeline")
+        pipeline_of(folder / "pipeline", pipeline.digest)  # once, before threads that would each load it
         stats, waiting = Stats(pipeline, edges), dict[int, Stats]()
         merged = 0  # in the units' order, so that nothing depends on which ends first
         task = partial(_once, encode, divided, folder, pipeline.digest, edges)

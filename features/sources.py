@@ -89,8 +89,9 @@ def _find_remote(source: str) -> list[Source]:
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", path)
-    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    """A glob of an address as a pattern; there is no "?", which begins the address's options."""
+    parts = re.split(r"(\*\*/|\*\*|\*)", path)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
 
 

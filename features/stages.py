@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -140,7 +140,7 @@ class Divided:
 
     job: Job
     assignment: Assignment
-    first_line: tuple[int, ...] = field(default=())
+    first_line: tuple[int, ...]
 
     def chunks(self, unit: int) -> Iterator[tuple[pa.Table, SplitN]]:
         """A unit's canonical rows and their splits, without the negatives that sampling drops from training."""

@@ -7,7 +7,6 @@ from features.fields import DateField, ListField, NumericField, RawField
 from features.schema import Schema
 from serving.requests import DEFAULT_TOP_K, MAX_ROWS
 from serving.times import EXPECTED, time_columns
-from serving.values import is_identity
 
 Json = dict[str, Any]
 _MOMENT = datetime(2024, 5, 1, 18, 30, tzinfo=UTC)
@@ -92,7 +91,7 @@ def _value(schema: Schema, field: RawField) -> Json:
     if isinstance(field, NumericField):
         return {"type": "number", "nullable": True}
     one: list[Json] = [{"type": "string"}, {"type": "integer"}]
-    if is_identity(schema, field):
+    if schema.encoder_of(field) == "identity":
         one = [{"type": "string", "pattern": r"^[0-9]{1,18}$"}, {"type": "integer", "minimum": 0}]
     if isinstance(field, ListField):
         items: Json = {"type": "array", "items": {"oneOf": one}}
@@ -108,7 +107,7 @@ def _example(schema: Schema, field: RawField) -> Any:
         return float(text) if isinstance(field, NumericField) else text
     if isinstance(field, NumericField):
         return 1
-    texts = ["1", "2"] if is_identity(schema, field) else ["a", "b"]
+    texts = ["1", "2"] if schema.encoder_of(field) == "identity" else ["a", "b"]
     return texts if isinstance(field, ListField) else "1"
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from features.fields import CategoricalField, ListField, NumericField, RawField
+from features.fields import ListField, NumericField, RawField
 from features.schema import Schema
 from serving.api_errors import ApiError
 from serving.times import parse_time, time_columns
@@ -46,21 +46,11 @@ class Sent:
         raise ApiError(422, "unknown_field", message, location)
 
 
-def is_identity(schema: Schema, field: RawField) -> bool:
-    """Whether the field's values, or the items of its lists, are whole numbers that are ids already."""
-    if isinstance(field, NumericField):
-        return False
-    if field.share_with is None:
-        return field.encoder == "identity"
-    owner = next(other for other in schema.fields if other.name == field.share_with)
-    return isinstance(owner, (CategoricalField, ListField)) and owner.encoder == "identity"
-
-
 def check_of(schema: Schema, field: RawField) -> Check:
     """The check of a field's values; null is a missing value everywhere."""
     if isinstance(field, NumericField):
         return _number
-    item = _whole if is_identity(schema, field) else _text
+    item = _whole if schema.encoder_of(field) == "identity" else _text
     return _list(item, field) if isinstance(field, ListField) else _optional(item)
 
 

@@ -2,9 +2,10 @@
 
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -52,7 +53,7 @@ def run_prepare(options: PrepareOptions, console: Console) -> tuple[dict[str, An
 
 def _prepare(options: PrepareOptions, schema: Path, facts: dict[str, Any], console: Console) -> Prepared:
     _require_sources(options)
-    with _Bar(console) as bar:
+    with _progress_bar(console) as move:
         return prepare(
             load_schema(schema),
             options.sources,
@@ -62,7 +63,7 @@ def _prepare(options: PrepareOptions, schema: Path, facts: dict[str, Any], conso
             engine=_engine(options),
             max_bad_rows=options.max_bad_rows,
             facts=facts,
-            progress=bar.update,
+            progress=move,
         )
 
 
@@ -110,27 +111,18 @@ def _engine(options: PrepareOptions) -> Engine:
     return LocalEngine()
 
 
-class _Bar:
-    """A progress bar for each stage, on a terminal only."""
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage, on a terminal only; yields what moves it: stage, units done, units in all."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
 
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
-        self._bar = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-        )
-        self._tasks: dict[str, TaskID] = {}
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
 
-    def __enter__(self) -> "_Bar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """So much of a stage's work is done."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[stage], completed=done, total=total)
+        yield move
