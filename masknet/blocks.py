@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from masknet.activations import ACTIVATIONS, initialize, make_dropout
+from masknet.norms.base import Norm
+
 
 class InstanceGuidedMask(nn.Module):
     """m = W2 · relu(W1 · V + b1) + b2: weights for what is masked, computed from the raw embedding V [B, D]."""
@@ -28,21 +31,72 @@ class InstanceGuidedMask(nn.Module):
         return mask_Bz
 
 
+class NoMask(nn.Module):
+    """A mask of ones: the ablation without masks."""
+
+    def forward(self, raw_BD: torch.Tensor) -> torch.Tensor:
+        """A 1 to multiply with."""
+        return raw_BD.new_ones(())
+
+
+class StandardizedLinear(nn.Linear):
+    """A linear layer by W' = (W − mean) / (deviation + 1e-5) of each output's row over its inputs, unbiased deviation.
+
+    Weight Standardization (Qiao et al., arXiv 1903.10520; joe-siyuan-qiao/WeightStandardization). A row of one weight,
+    which has no deviation, becomes 0.
+    """
+
+    def standardized(self) -> torch.Tensor:
+        """W' [outputs, inputs]."""
+        centred = self.weight - self.weight.mean(1, keepdim=True)
+        deviation = (centred.square().sum(1, keepdim=True) / max(1, self.in_features - 1)).sqrt()
+        return centred / (deviation + 1e-5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """W' x."""
+        return functional.linear(x, self.standardized(), self.bias)
+
+
 class MaskBlock(nn.Module):
     """relu(LN_HID(W (m ⊙ x))), W without bias, the norm before the non-linearity, then dropout.
 
     x is LN_EMB of the embedding or the output of another block; the mask m always reads the raw embedding.
     """
 
-    def __init__(self, mask: InstanceGuidedMask, input_width: int, width: int, norm: nn.Module, dropout: float) -> None:
+    def __init__(
+        self,
+        mask: nn.Module,
+        input_width: int,
+        width: int,
+        norm: Norm,
+        dropout: float,
+        *,
+        activation: str = "relu",
+        weight_standardization: bool = False,
+    ) -> None:
         super().__init__()
         self.mask = mask
-        self.linear = nn.Linear(input_width, width, bias=False)
+        linear = StandardizedLinear if weight_standardization else nn.Linear
+        self.linear = initialize(linear(input_width, width, bias=False), activation)
         self.norm = norm
-        self.dropout = nn.Dropout(dropout)
+        self.activation = nn.Identity() if norm.replaces_activation else ACTIVATIONS[activation]()
+        self.dropout = make_dropout(activation, dropout)
 
     def forward(self, x_Bz: torch.Tensor, raw_BD: torch.Tensor) -> torch.Tensor:
         """Hidden vector [B, h]."""
         hidden_Bh = self.norm(self.linear(self.mask(raw_BD) * x_Bz), instance=raw_BD)
-        out_Bh: torch.Tensor = self.dropout(functional.relu(hidden_Bh))
+        out_Bh: torch.Tensor = self.dropout(self.activation(hidden_Bh))
         return out_Bh
+
+
+class MaskOnlyBlock(nn.Module):
+    """m ⊙ x: the ablation without feed-forward layers."""
+
+    def __init__(self, mask: nn.Module) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x_Bz: torch.Tensor, raw_BD: torch.Tensor) -> torch.Tensor:
+        """Masked vector [B, z]."""
+        masked_Bz: torch.Tensor = self.mask(raw_BD) * x_Bz
+        return masked_Bz

@@ -1,33 +1,52 @@
-"""SerialMaskNet and ParallelMaskNet over an embedding [B, F, d]: everything of the model but its tables."""
+"""MaskNets over an embedding [B, F, d]: everything of the model but its tables."""
 
 import torch
 from torch import nn
 
-from masknet.blocks import InstanceGuidedMask, MaskBlock
+from masknet.activations import ACTIVATIONS, initialize, make_dropout
+from masknet.blocks import InstanceGuidedMask, MaskBlock, MaskOnlyBlock, NoMask
 from masknet.config import MaskNetConfig
 from masknet.norms import make_norm
+from masknet.norms.base import Affine, Norm
 from masknet.norms.none import NoNorm
+from masknet.residual import ResidualBlock, hidden_norm, places
 
 
-def _block(config: MaskNetConfig, embedding_width: int, input_width: int) -> MaskBlock:
-    mask = InstanceGuidedMask(embedding_width, input_width, config.reduction_ratio)
-    norm = make_norm(config.hidden_norm.name, (config.block_width,), eps=config.hidden_norm.eps)
-    return MaskBlock(mask, input_width, config.block_width, norm, config.dropout)
+def _mask(config: MaskNetConfig, embedding_width: int, masked_width: int) -> nn.Module:
+    if not config.mask:
+        return NoMask()
+    return InstanceGuidedMask(embedding_width, masked_width, config.reduction_ratio)
 
 
-def _embedding_norm(config: MaskNetConfig, num_fields: int, raw: tuple[int, ...]) -> nn.Module:
+def _block(config: MaskNetConfig, embedding_width: int, input_width: int) -> MaskBlock | MaskOnlyBlock:
+    mask = _mask(config, embedding_width, input_width)
+    if not config.feed_forward:
+        return MaskOnlyBlock(mask)
+    return MaskBlock(
+        mask,
+        input_width,
+        config.block_width,
+        hidden_norm(config, embedding_width),
+        config.dropout,
+        activation=config.activation,
+        weight_standardization=config.weight_standardization,
+    )
+
+
+def _embedding_norm(config: MaskNetConfig, num_fields: int, raw: tuple[int, ...]) -> Norm:
+    slot, dim = config.embedding_norm, config.embedding_dim
     normed = [field for field in range(num_fields) if field not in raw]
     if not normed:
-        return NoNorm((num_fields, config.embedding_dim), eps=config.embedding_norm.eps)
-    norm = make_norm(config.embedding_norm.name, (len(normed), config.embedding_dim), eps=config.embedding_norm.eps)
-    return PartialNorm(norm, normed) if raw else norm
+        return NoNorm((num_fields, dim), eps=slot.eps)
+    norm = make_norm(slot.name, (len(normed), dim), instance_width=num_fields * dim, **slot.parameters)
+    return PartialNorm(norm, normed, num_fields) if raw else norm
 
 
-class PartialNorm(nn.Module):
+class PartialNorm(Norm):
     """A norm of some of the fields of [B, F, d]; the others pass through as they are."""
 
-    def __init__(self, norm: nn.Module, fields: list[int]) -> None:
-        super().__init__()
+    def __init__(self, norm: Norm, fields: list[int], num_fields: int) -> None:
+        super().__init__((num_fields, norm.shape[-1]), eps=norm.eps)
         self.norm = norm
         self.fields: torch.Tensor
         self.register_buffer("fields", torch.tensor(fields), persistent=False)
@@ -37,17 +56,36 @@ class PartialNorm(nn.Module):
         normed_BNd = self.norm(x_BFd.index_select(1, self.fields), instance=instance)
         return x_BFd.index_copy(1, self.fields, normed_BNd)
 
+    def fold(self) -> Affine | None:
+        inner = self.norm.fold()
+        if inner is None:
+            return None
+        scale, shift = inner.scale.new_ones(self.shape), inner.scale.new_zeros(self.shape)
+        return Affine(scale.index_copy(0, self.fields, inner.scale), shift.index_copy(0, self.fields, inner.shift))
+
 
 class SerialMaskNet(nn.Module):
-    """Blocks in a row: the first masks LN_EMB of the embedding, each later one the output of the one before."""
+    """Blocks in a row: the first masks LN_EMB of the embedding, each later one the output of the one before.
+
+    With kind residual_serial the later blocks add to what they read (`masknet.residual`).
+    """
 
     def __init__(self, config: MaskNetConfig, num_fields: int, raw: tuple[int, ...] = ()) -> None:
         super().__init__()
-        embedding_width = num_fields * config.embedding_dim
-        widths = [embedding_width] + [config.block_width] * (config.blocks - 1)
+        big = num_fields * config.embedding_dim
         self.embedding_norm = _embedding_norm(config, num_fields, raw)
-        self.blocks = nn.ModuleList(_block(config, embedding_width, width) for width in widths)
-        self.logit = nn.Linear(config.block_width, 1)
+        width = config.block_width if config.feed_forward else big
+        blocks: list[nn.Module] = [_block(config, big, big)]
+        if config.kind == "residual_serial":
+            blocks += [
+                ResidualBlock(config, _mask(config, big, width), big, place, depth)
+                for depth, place in enumerate(places(config), start=2)
+            ]
+        else:
+            blocks += [_block(config, big, width) for _ in range(config.blocks - 1)]
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = hidden_norm(config, big, used=config.placement in ("pre", "peri", "mix"))
+        self.logit = nn.Linear(width, 1)
 
     def forward(self, emb_BFd: torch.Tensor) -> torch.Tensor:
         """Logits [B]."""
@@ -55,12 +93,12 @@ class SerialMaskNet(nn.Module):
         x_Bz = self.embedding_norm(emb_BFd, instance=raw_BD).flatten(1)
         for block in self.blocks:
             x_Bz = block(x_Bz, raw_BD)
-        logit_B: torch.Tensor = self.logit(x_Bz).squeeze(-1)
+        logit_B: torch.Tensor = self.logit(self.final_norm(x_Bz, instance=raw_BD)).squeeze(-1)
         return logit_B
 
 
 class ParallelMaskNet(nn.Module):
-    """Blocks side by side on LN_EMB of the embedding, concatenated, then a ReLU MLP and a linear logit."""
+    """Blocks side by side on LN_EMB of the embedding, concatenated, then an MLP and a linear logit."""
 
     def __init__(self, config: MaskNetConfig, num_fields: int, raw: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -68,9 +106,13 @@ class ParallelMaskNet(nn.Module):
         self.embedding_norm = _embedding_norm(config, num_fields, raw)
         self.blocks = nn.ModuleList(_block(config, embedding_width, embedding_width) for _ in range(config.blocks))
         layers: list[nn.Module] = []
-        width = config.blocks * config.block_width
+        width = config.blocks * (config.block_width if config.feed_forward else embedding_width)
         for next_width in config.head:
-            layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
+            layers += [
+                initialize(nn.Linear(width, next_width), config.activation),
+                ACTIVATIONS[config.activation](),
+                make_dropout(config.activation, config.dropout),
+            ]
             width = next_width
         self.head = nn.Sequential(*layers)
         self.logit = nn.Linear(width, 1)
@@ -91,5 +133,8 @@ def build_network(config: MaskNetConfig, num_fields: int, raw: tuple[int, ...] =
         config: the network's shape.
         num_fields: F.
         raw: places in F of the fields that LN_EMB leaves as they are.
+
+    Raises:
+        ValueError: a layer would have no units, or a norm's groups do not divide its width.
     """
-    return (SerialMaskNet if config.kind == "serial" else ParallelMaskNet)(config, num_fields, raw)
+    return (ParallelMaskNet if config.kind == "parallel" else SerialMaskNet)(config, num_fields, raw)

@@ -1,28 +1,81 @@
-"""Layer normalization."""
+"""Layer normalization and its forms without centring and with an affine of the instance's."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from masknet.norms.base import Count, Norm, variance
 
-class LayerNorm(nn.Module):
+
+class LayerNorm(Norm):
     """y = γ ⊙ (x − mean(x)) / √(var(x) + eps) + β over the last axis, biased variance (Ba et al., arXiv 1607.06450).
 
     Differs from torch.nn.LayerNorm in that only the last axis is normalized while the affine spans all of `shape`: with
     (F, d) one operation does the work of F separate layers. Statistics are computed in fp32 or wider.
     """
 
+    scale_invariant = True
+
     def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:
-        super().__init__()
-        self.shape, self.eps = shape, eps
+        super().__init__(shape, eps=eps)
         self.weight = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: torch.Tensor, instance: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalize x [..., *shape]; `instance` is for norms that condition on the raw embedding."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = functional.layer_norm(wide, self.shape[-1:], eps=self.eps)
-        return (normed * self.weight + self.bias).to(x.dtype)
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """LN(x)."""
+        return functional.layer_norm(x, self.shape[-1:], eps=self.eps) * self.weight + self.bias
+
+
+class VarianceOnlyNorm(Norm):
+    """y = γ ⊙ x / √(var(x) + eps) + β over the last axis: the variance about the mean, but no centring.
+
+    VO-LN of MaskNet's authors (Wang et al., arXiv 2006.12753), who found the variance to be what helps. The paper's
+    formula was not at hand, only its abstract: that γ and β stay, as in their layer norm, is from memory. Unlike
+    RMSNorm it divides by the spread about the mean, so a row far from 0 keeps a large mean; a constant row is divided
+    by √eps.
+    """
+
+    scale_invariant = True
+
+    def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:
+        super().__init__(shape, eps=eps)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """x over its spread."""
+        return x * torch.rsqrt(variance(x) + self.eps) * self.weight + self.bias
+
+
+class ConditionalLayerNorm(Norm):
+    """y = x̂ ⊙ (γ + Δγ(V)) + β + Δβ(V), x̂ the layer norm of x and V [B, D] the raw embedding.
+
+    [Δγ, Δβ] = P · relu(Q · V + q) + p with `rank` units between, P and p starting at 0: it starts as LayerNorm. A mask
+    in front of a layer norm's output does the same with tied deltas, m ⊙ γ and m ⊙ β; this is the untied form. Deltas
+    of the affine are LaVi's (arXiv 2506.16691, cited from memory) and DiMR's TD-LN (arXiv 2406.09416, likewise); the
+    two layers with a bottleneck, in the shape of the instance-guided mask, are this project's choice.
+    """
+
+    scale_invariant = True
+    conditional = True
+
+    def __init__(self, shape: tuple[int, ...], *, eps: float, instance_width: int, rank: Count = 16) -> None:
+        super().__init__(shape, eps=eps)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.aggregate = nn.Linear(instance_width, rank)
+        self.project = nn.Linear(rank, 2 * self.weight.numel())
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """LN(x) with the instance's own affine."""
+        if instance is None:
+            raise ValueError("a conditional layer norm needs the instance, the raw embedding [B, D]")
+        deltas = self.project(functional.relu(self.aggregate(instance))).to(x.dtype)
+        scale, shift = deltas.view(-1, 2, *self.shape).unbind(1)
+        normed = functional.layer_norm(x, self.shape[-1:], eps=self.eps)
+        return normed * (self.weight + scale) + self.bias + shift
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, eps={self.eps}"
+        return f"{super().extra_repr()}, rank={self.aggregate.out_features}"

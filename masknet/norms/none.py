@@ -1,15 +1,16 @@
 """No normalization: the baseline of every comparison."""
 
 import torch
-from torch import nn
+
+from masknet.norms.base import Affine, Norm
 
 
-class NoNorm(nn.Module):
+class NoNorm(Norm):
     """y = x. Takes the other norms' arguments, so that the slot can be switched off by name."""
-
-    def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:
-        super().__init__()
 
     def forward(self, x: torch.Tensor, instance: torch.Tensor | None = None) -> torch.Tensor:
         """x, unchanged."""
         return x
+
+    def fold(self) -> Affine:
+        return Affine(torch.ones(self.shape), torch.zeros(self.shape))

@@ -28,7 +28,7 @@ def test_unknown_key() -> None:
 
 
 @pytest.mark.parametrize("slot", ["embedding_norm", "hidden_norm"])
-@pytest.mark.parametrize("value", ["batch", {"name": "batch"}, "", "Layer"])
+@pytest.mark.parametrize("value", ["batchnorm", {"name": "batchnorm"}, "", "Layer"])
 def test_unknown_norm_names_itself_and_the_known_ones(slot: str, value: str | dict[str, str]) -> None:
     [(location, message)] = errors_of({slot: value})
     assert location == (slot, "name")
@@ -39,7 +39,7 @@ def test_unknown_norm_names_itself_and_the_known_ones(slot: str, value: str | di
 @pytest.mark.parametrize(
     ("value", "location"),
     [
-        ({"name": "layer", "epsilon": 1e-3}, ("hidden_norm", "epsilon")),
+        ({"name": "layer", "epsilon": 1e-3}, ("hidden_norm",)),
         ({"eps": 1e-3}, ("hidden_norm", "name")),
         ({"name": "layer", "eps": 0}, ("hidden_norm", "eps")),
         ({"name": "rms", "eps": -1e-5}, ("hidden_norm", "eps")),
@@ -99,7 +99,7 @@ def test_bad_width_in_the_head(width: object) -> None:
 
 
 def test_every_mistake_is_reported_at_once() -> None:
-    found = {location for location, _ in errors_of({"blocks": 0, "dropout": 2, "hidden_norm": "batch", "widht": 1})}
+    found = {location for location, _ in errors_of({"blocks": 0, "dropout": 2, "hidden_norm": "batchnorm", "widht": 1})}
     assert found == {("blocks",), ("dropout",), ("hidden_norm", "name"), ("widht",)}
 
 
@@ -108,9 +108,9 @@ def test_every_mistake_is_reported_at_once() -> None:
 def test_bare_name_and_mapping_are_the_same(slot: str, name: str) -> None:
     bare = MaskNetConfig.model_validate({slot: name})
     assert bare == MaskNetConfig.model_validate({slot: {"name": name}})
-    assert bare == MaskNetConfig.model_validate({slot: {"name": name, "eps": 1e-5}})
+    assert bare == MaskNetConfig.model_validate({slot: {"name": name, "eps": NORMS[name].default_eps}})
     assert bare == MaskNetConfig.model_validate({slot: NormConfig(name=name)})
-    assert bare != MaskNetConfig.model_validate({slot: {"name": name, "eps": 1e-3}})
+    assert bare != MaskNetConfig.model_validate({slot: {"name": name, "eps": 2e-3}})
 
 
 @pytest.mark.parametrize("mode", ["python", "json"])

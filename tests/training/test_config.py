@@ -41,7 +41,10 @@ def test_saved_configuration_reads_back_equal(path: Path, tmp_path: Path) -> Non
     [
         ("model.blcks=3", "model.blcks: unknown key"),
         ("colour=red", "colour: unknown key"),
-        ("model.hidden_norm=crms", "'crms' is no normalization; there are layer, rms, none"),
+        ("model.hidden_norm=layernorm", "'layernorm' is no normalization; there are layer, rms, none"),
+        ("model.hidden_norm=crms", "with a ReLU between, as in a MaskBlock, that is wrong"),
+        ("model.hidden_norm={name: dyt, alfa: 1}", "alfa: unknown key; dyt has eps, alpha"),
+        ("model.hidden_norm={name: power, alpha: 2}", "alpha: Input should be less than 1"),
         ("train.epochs=many", "train.epochs"),
         ("train.epochs=0", "train.epochs"),
         ("optimizer.sparse.name=adam", "optimizer.sparse.name"),

@@ -1,0 +1,32 @@
+"""A scale and a shift, without any statistics: what normalization removal leaves."""
+
+import torch
+from torch import nn
+
+from masknet.norms.base import Affine, Norm
+
+
+class AffineOnly(Norm):
+    """y = γ ⊙ x + β, or γ ⊙ (x − mean(x)) + β where `centred`; takes eps like the other norms and has no use for it.
+
+    This is a layer normalization whose divisor was frozen (Baroni et al., arXiv 2507.02559) and then folded into γ. A
+    linear layer before it takes over the centring; where there is none, at LN_EMB, `centred` keeps it: a linear map.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, eps: float, centred: bool = False) -> None:
+        super().__init__(shape, eps=eps)
+        self.centred = centred
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """γ ⊙ x + β."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return torch.addcmul(self.bias, x, self.weight)
+
+    def fold(self) -> Affine | None:
+        return None if self.centred else Affine(self.weight.detach(), self.bias.detach())
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, centred={self.centred}"

@@ -1,0 +1,156 @@
+"""Unified normalization: division by a geometric mean of the last steps' powers."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from masknet.norms.base import Affine, Count, Share
+from masknet.norms.running import RunningNorm, mean_over_rows, num_ranks
+
+_RATIO = 5.0  # how far a step's scale may be from the running one
+
+
+class UnifiedNorm(RunningNorm):
+    """y = γ ⊙ x / √(v + eps) + β, v the geometric mean over the last `window` steps of mean_B(x²), per channel.
+
+    Unified Normalization (Yang et al., arXiv 2208.01313; hikvision-research/Unified-Normalization, class UN1d). The
+    gradient statistic mean_B(g ⊙ z) is smoothed likewise, by an arithmetic mean over the window and a running mean of
+    that; γ's gradient is taken as if z were normalized by the running statistic, which evaluation uses. For
+    `warmup_steps` v is the batch's own. `outlier_filtering` (off for text, on for images in the authors' settings)
+    skips the smoothing of a step in which some channel's arithmetic mean exceeds the geometric one by `window` times
+    the variance of the window's roots.
+
+    Changed: warm-up ends after 100 steps instead of 4,000, and the ratio of the step's to the running scale is set free
+    with it, where the authors hold it at 1 for 1,000 steps at least; the running power begins as an even mean (see
+    `RunningNorm.share_of_new`); logarithms are of 1e-30 at least, where a silent channel's log(0) would
+    make x / √eps of its next value; gradient statistics are in units of the mean loss over ranks. `alpha` is the share
+    that is kept, called momentum there.
+    """
+
+    running_power: torch.Tensor
+    ema_gradient: torch.Tensor
+    power_window: torch.Tensor
+    gradient_window: torch.Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        eps: float,
+        window: Count = 4,
+        alpha: Share = 0.9,
+        warmup_steps: int = 100,
+        outlier_filtering: bool = False,
+    ) -> None:
+        super().__init__(shape, eps=eps)
+        if window < 2:
+            raise ValueError("unified: a window of 1 smooths nothing; it must be 2 at least")
+        self.window, self.alpha, self.warmup_steps = window, alpha, warmup_steps
+        self.outlier_filtering = outlier_filtering
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_power", torch.ones(shape))
+        self.register_buffer("ema_gradient", torch.zeros(shape))
+        self.register_buffer("power_window", torch.zeros(window, *shape))
+        self.register_buffer("gradient_window", torch.zeros(window, *shape))
+
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """UN(x)."""
+        if not self.training:
+            affine = self.affine()
+            return torch.addcmul(affine.shift, x, affine.scale)
+        step = int(self.steps) + 1
+        rows, power = mean_over_rows(x.detach().square())
+        smooth = step > self.window and step >= self.warmup_steps
+        skip = smooth and self.outlier_filtering and self._has_outlier(power, step)
+        used = self._geometric_mean(power, step) if smooth and not skip else power
+        ratio = torch.sqrt((used + self.eps) / (self.running_power + self.eps)).clamp(1 / _RATIO, _RATIO)
+        if not smooth or skip:
+            ratio = torch.ones_like(ratio)
+        self._update_power(rows, power, used, skip, step)
+        inverse = torch.rsqrt(used + self.eps)
+        z: torch.Tensor = _DividedByWindow.apply(  # type: ignore[no-untyped-call]
+            x, inverse, ratio, self.weight, self, smooth, skip, step
+        )
+        return z + self.bias
+
+    def _windowed(self, power: torch.Tensor, step: int) -> torch.Tensor:
+        """The window with this step's power in its place."""
+        window = self.power_window.clone()
+        window[step % self.window] = power
+        return window
+
+    def _geometric_mean(self, power: torch.Tensor, step: int) -> torch.Tensor:
+        return self._windowed(power, step).clamp(min=1e-30).log().mean(0).exp()
+
+    def _has_outlier(self, power: torch.Tensor, step: int) -> bool:
+        threshold = self.window * self.power_window.sqrt().var()
+        arithmetic = self._windowed(power, step).mean(0)
+        return bool((arithmetic - self._geometric_mean(power, step) > threshold).any())
+
+    def _update_power(self, rows: torch.Tensor, power: torch.Tensor, used: torch.Tensor, skip: bool, step: int) -> None:
+        pooled = self.pooled("power", rows, power, used)
+        if pooled is not None:
+            self.steps += 1
+            self.power_window[step % self.window] = self.running_power if skip else pooled[1]
+            self.running_power.lerp_(pooled[2], self.share_of_new(1.0 - self.alpha))
+
+    def gradient_estimate(
+        self, rows: torch.Tensor, product: torch.Tensor, smooth: bool, skip: bool, step: int
+    ) -> torch.Tensor:
+        """mean_B(g ⊙ z) as the backward pass uses it, from this batch's; moves the running ones on."""
+        window = self.gradient_window.clone()
+        window[step % self.window] = self.ema_gradient if skip else product
+        smoothed = window.mean(0) if smooth and not skip else product
+        ema = torch.lerp(smoothed, self.ema_gradient, self.alpha)
+        pooled = self.pooled("gradient", rows, window[step % self.window], ema)
+        if pooled is not None:
+            self.gradient_window[step % self.window] = pooled[1]
+            self.ema_gradient.copy_(pooled[2])
+        return smoothed if skip else ema
+
+    def affine(self) -> Affine:
+        """What evaluation does, in terms that gradients go through."""
+        return Affine(self.weight * torch.rsqrt(self.running_power + self.eps), self.bias)
+
+    def fold(self) -> Affine | None:
+        affine = self.affine()
+        return Affine(affine.scale.detach(), affine.shift.detach())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, window={self.window}, alpha={self.alpha}, warmup_steps={self.warmup_steps}"
+
+
+class _DividedByWindow(torch.autograd.Function):
+    """γ ⊙ z with z = x ⊙ inverse; the gradients of x and γ are the smoothed ones."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        inverse: torch.Tensor,
+        ratio: torch.Tensor,
+        weight: torch.Tensor,
+        norm: UnifiedNorm,
+        smooth: bool,
+        skip: bool,
+        step: int,
+    ) -> torch.Tensor:
+        z = x * inverse
+        ctx.save_for_backward(z, inverse, ratio, weight)
+        ctx.norm, ctx.smooth, ctx.skip, ctx.step = norm, smooth, skip, step
+        return z * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, inverse, ratio, weight = ctx.saved_tensors
+        norm: UnifiedNorm = ctx.norm
+        g = dy * (weight * ratio)
+        rows, product = mean_over_rows(g * z)
+        ranks = num_ranks()
+        estimate = norm.gradient_estimate(rows, product / ranks, ctx.smooth, ctx.skip, ctx.step) * ranks
+        dx = (g - estimate * z) * inverse
+        return dx, None, None, (dy * z).sum(0) * ratio, None, None, None, None
