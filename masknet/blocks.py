@@ -4,6 +4,8 @@ Legend: B rows, F fields, d embedding width, D = F·d, z width of what is masked
 h block width.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -49,7 +51,9 @@ class StandardizedLinear(nn.Linear):
     def standardized(self) -> torch.Tensor:
         """W' [outputs, inputs]."""
         centred = self.weight - self.weight.mean(1, keepdim=True)
-        deviation = (centred.square().sum(1, keepdim=True) / max(1, self.in_features - 1)).sqrt()
+        # vector_norm's gradient at 0 is 0, where a square root's is not finite
+        norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+        deviation = norm / math.sqrt(max(1, self.in_features - 1))
         return centred / (deviation + 1e-5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

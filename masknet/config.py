@@ -47,9 +47,9 @@ class NormConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("name") not in NORMS:
+        name = data.get("name") if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in NORMS:
             return data  # what is wrong with the name is the field's to tell
-        name = data["name"]
         own = {key: value for key, value in data.items() if key not in ("name", "eps")}
         try:
             parameters = _parameters(name).model_validate(own).model_dump()

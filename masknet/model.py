@@ -16,6 +16,7 @@ from masknet.networks import build_network
 from masknet.values import INIT_STD, ValueEmbedding, ValueField
 
 _VALUES = "values."  # of the value embeddings' weights, beside the network's
+_TABLES = "embeddings.embedding_bags."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +73,17 @@ class MaskNet(nn.Module):
             values_BV: the V value fields in their order, 0 where missing.
             missing_BV: 1 where a value is missing, else 0.
         """
+        logit_B: torch.Tensor = self.network(self.embed(ids, values_BV, missing_BV))
+        return logit_B.float()
+
+    def embed(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
+        """What the network reads of the same arguments: embeddings [B, F, d]."""
         embedded = [self.embeddings(ids)]
         if self.values is not None:
             embedded.append(self.values(values_BV, missing_BV))
         # By name: the order of the tables' own output follows the sharding plan, not the fields.
         emb_BD = KeyedTensor.regroup(embedded, [self.field_names])[0]
-        logit_B: torch.Tensor = self.network(emb_BD.view(-1, len(self.field_names), self._dim))
-        return logit_B.float()
+        return emb_BD.view(-1, len(self.field_names), self._dim)
 
     def dense_state(self) -> dict[str, torch.Tensor]:
         """Copies, on the CPU, of all weights but the tables': the network's, and the value embeddings' as values.*."""
@@ -89,9 +94,15 @@ class MaskNet(nn.Module):
 
     def load_weights(self, dense: Mapping[str, torch.Tensor], tables: Sequence[torch.Tensor]) -> None:
         """Take over what `dense_state` gave, and whole tables [rows, d]; RuntimeError where they do not fit."""
-        state = {name if name.startswith(_VALUES) else f"network.{name}": weight for name, weight in dense.items()}
-        state |= {f"embeddings.embedding_bags.{table_key(i)}.weight": weight for i, weight in enumerate(tables)}
-        self.load_state_dict(state)
+        self._load(dense, {f"{_TABLES}{table_key(i)}.weight": weight for i, weight in enumerate(tables)})
+
+    def load_dense(self, dense: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `dense_state` gave, and leave the tables; RuntimeError where it does not fit."""
+        self._load(dense, {name: weight for name, weight in self.state_dict().items() if name.startswith(_TABLES)})
+
+    def _load(self, dense: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]) -> None:
+        own = {name if name.startswith(_VALUES) else f"network.{name}": weight for name, weight in dense.items()}
+        self.load_state_dict({**own, **tables})
 
 
 def table_key(index: int) -> str:

@@ -54,6 +54,11 @@ class Bundle:
         return self.scorer.pipeline
 
     @property
+    def config(self) -> MaskNetConfig:
+        """Shape of the network."""
+        return MaskNetConfig.model_validate(self.manifest["model"])
+
+    @property
     def digest(self) -> str:
         """SHA-256 of manifest.json, and through it of everything."""
         return sha256_file(self.path / _MANIFEST)

@@ -17,7 +17,7 @@ from training.stack import check_stack
 
 app = typer.Typer(
     name="masknet",
-    help="Click-through-rate ranking with MaskNet: prepare rows, train, evaluate, promote, score and serve.",
+    help="Click-through-rate ranking with MaskNet: prepare rows, train, ablate, evaluate, promote, score and serve.",
     epilog="MODEL is a bundle's folder, models:/name@alias, models:/name/3, or an MLflow run id. "
     "MLflow is found through MLFLOW_TRACKING_URI (default sqlite:///mlflow.db).",
     no_args_is_help=True,
@@ -150,17 +150,27 @@ def train(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a key: model.blocks=5. Repeatable.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; tables are sharded over them.")] = 1,
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="MODEL", help="Go on from this model's weights; same data encoding.")
+    ] = None,
+    remove_norms: Annotated[
+        bool, typer.Option("--remove-norms", help="Freeze the norms of --from in turn, so that none is left to serve.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a MaskNet, write its bundle and register it under the alias `candidate`.
 
     masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
+    masknet train config.yaml --data today --from models:/ranker@champion --set train.train_only_affine=true
+    masknet train config.yaml --data data --from models:/ranker@champion --remove-norms
     """
     check_stack()
     from training.config import load_config
     from training.launch import is_worker, run_processes
 
     loaded = load_config(config, set or [])
+    if remove_norms and from_ is None:
+        raise InputError("--remove-norms fine-tunes a trained model: give it with --from")
     if out and (out / "bundle").exists():
         raise InputError(f"{out / 'bundle'} exists already; choose another --out")
     if nproc > 1 and not is_worker():
@@ -169,10 +179,18 @@ def train(
         PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
         same = ["train", str(config), "--data", str(data), *(["--out", str(out)] if out else [])]
         same += [word for override in set or [] for word in ("--set", override)] + (["--json"] if as_json else [])
+        same += (["--from", from_] if from_ else []) + (["--remove-norms"] if remove_norms else [])
         sys.exit(run_processes(nproc, same))
+    from training.fitting import Start
     from training.train import train as run_train
 
-    result = run_train(loaded, data, out, console)
+    start = None
+    if from_ is not None:
+        from serving.bundle import load_bundle
+        from serving.models import locate
+
+        start = Start(load_bundle(locate(from_).path), remove_norms)
+    result = run_train(loaded, data, out, console, start)
     if result is not None:
         test = result["metrics"]["test"]
         from training.report import number
@@ -180,6 +198,88 @@ def train(
         numbers = f"test auc {number(test['auc'])}, logloss {number(test['logloss'])}"
         text = f"{result['bundle']}: {numbers}; registered as {result['model_uri']}, alias candidate"
         _answer(as_json, result, text)
+
+
+@app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="Training configuration (YAML) that every cell starts from.")],
+    data: Annotated[Path, typer.Option(help="Prepared data set.")],
+    norms: Annotated[
+        str, typer.Option(help="Norms to compare: NAME, EMBEDDING/HIDDEN, NAME(key=value), NAME+ACTIVATION; or config.")
+    ] = "layer,none",
+    placements: Annotated[
+        str, typer.Option(help="Also every norm in a residual_serial network: pre,post,peri,mix,none.")
+    ] = "",
+    without: Annotated[str, typer.Option(help="Also the baseline without: mask,norm,feed-forward.")] = "",
+    blocks: Annotated[str, typer.Option(help="Also the baseline with so many blocks: 1,3,5.")] = "",
+    embedding_dims: Annotated[str, typer.Option(help="Also with embeddings so wide: 8,16.")] = "",
+    ratios: Annotated[str, typer.Option(help="Also with these reduction ratios: 1,2,3.")] = "",
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="Also with any key at these values. Repeatable.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="The one of --norms that all others are compared with.")] = "layer",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per cell, with seeds 1 to N.")] = 5,
+    tune_lr: Annotated[
+        int, typer.Option(min=1, help="Learning rates tried per cell, a factor of 3 apart; 1: the configured one.")
+    ] = 3,
+    rates: Annotated[
+        Path | None, typer.Option(help="Learning rates by cell instead, as an ablation's rates.json has them.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")] = 1,
+    landscape: Annotated[
+        str, typer.Option(help="Cells whose loss surface and Hessian are looked at, side by side: layer,none.")
+    ] = "",
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a key of CONFIG. Repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The study's name; default CONFIG's experiment.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default runs/ablations/NAME.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Markdown file in which this study's section is written anew.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare normalizations or other variants fairly: same seeds, data order and budget, each at its own learning rate.
+
+    Intervals and tests allow for seeds and for the test rows, and are corrected for the number of cells. Finished runs
+    are not run again when the command is repeated; a cell that diverges is a row that says so.
+
+        masknet ablate config.yaml --data data --norms layer,none,rms,dyt,layer/none --jobs 2
+        masknet ablate config.yaml --data data --norms layer --without mask,norm,feed-forward --blocks 1,3,5,7,9
+        masknet ablate config.yaml --data data --norms layer,rms --placements pre,post,peri --landscape layer,rms
+    """
+    check_stack()
+    from training.ablation.cells import Grid, numbers, split_norms
+    from training.ablation.command import AblateOptions, run_ablate
+    from training.ablation.tables import cells_table
+
+    options = AblateOptions(
+        config=config,
+        data=data,
+        out=out,
+        set=set or [],
+        grid=Grid(
+            norms=split_norms(norms),
+            placements=split_norms(placements),
+            without=split_norms(without),
+            blocks=numbers("--blocks", blocks, int),
+            embedding_dims=numbers("--embedding-dims", embedding_dims, int),
+            ratios=numbers("--ratios", ratios, float),
+            vary=tuple(vary or ()),
+        ),
+        baseline=baseline,
+        name=name,
+        seeds=seeds,
+        tune_lr=tune_lr,
+        jobs=jobs,
+        rates=rates,
+        landscape=split_norms(landscape),
+        document=document,
+    )
+    found, folder = run_ablate(options, console)
+    if not as_json:
+        Console().print(cells_table(found))
+    _answer(as_json, {"out": str(folder), "cells": found["cells"]}, f"report: {folder / 'report.html'}")
 
 
 @app.command()

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from features.errors import InputError
 from features.validation import Frozen, load_yaml, validate
 from masknet.config import MaskNetConfig
+from masknet.norms import NORMS
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
 
@@ -16,9 +17,16 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a fi
 class DenseOptimizer(Frozen):
     """Optimizer of the network's weights."""
 
-    name: Literal["adam"] = Field(default="adam", description="Adam (arXiv 1412.6980)")
+    name: Literal["adam", "scale"] = Field(
+        default="adam", description="Adam (arXiv 1412.6980), or SCALE (arXiv 2506.16659), which keeps next to no state"
+    )
     lr: float = Field(default=1.0e-3, gt=0, description="learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="L2 penalty added to the gradient")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="adam: L2 penalty added to the gradient; scale: decoupled"
+    )
+    normalize_and_project: bool = Field(
+        default=False, description="keep the size of weights that a norm makes scale-invariant (arXiv 2407.01800)"
+    )
 
 
 class SparseOptimizer(Frozen):
@@ -52,6 +60,9 @@ class TrainConfig(Frozen):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the network under autocast")
     seed: int = Field(default=1, ge=0, description="decides initial weights, data order and dropout")
     early_stop: EarlyStop = EarlyStop()
+    train_only_affine: bool = Field(
+        default=False, description="of a model given by --from, train only the norms' affines and the logit's layer"
+    )
 
 
 class TrackingConfig(Frozen):
@@ -71,6 +82,17 @@ class Config(Frozen):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig
+
+    @model_validator(mode="after")
+    def _projects_what_is_scale_invariant(self) -> "Config":
+        if self.optimizer.dense.normalize_and_project:
+            norm, kind = self.model.hidden_norm.name, self.model.kind
+            if kind == "residual_serial" or not self.model.feed_forward or not NORMS[norm].scale_invariant:
+                raise ValueError(
+                    "optimizer.dense.normalize_and_project needs a hidden norm right after W that no factor changes, "
+                    f"in a serial or parallel network; here it is {norm}, kind {kind}"
+                )
+        return self
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -12,6 +12,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from features.loader import BatchLoader
 from features.metrics import auc, logloss
+from masknet.norms import set_progress
 from training.config import Config
 from training.distributed import World, concat_over_ranks, sum_over_ranks
 from training.errors import Failure
@@ -81,6 +82,7 @@ def fit(
     world: World,
     observer: Observer,
     valid_rate: float = 1.0,
+    keep_from: float = 0.0,
 ) -> FitResult:
     """Train until the epochs are over or validation stops improving; every rank must call this.
 
@@ -92,11 +94,13 @@ def fit(
         observer: told of every `REPORT_STEPS` steps and of every epoch.
         valid_rate: the kept share of those negatives that only the training split has lost, for which validation scores
             are corrected as the served ones are.
+        keep_from: the share of all epochs that must be done before one of them may be the best, or the last.
 
     Raises:
         Failure: the loss became NaN or infinite; names the step.
     """
-    optimizer = build_optimizer(dmp, config.optimizer)
+    network = _task(dmp).model.network
+    optimizer = build_optimizer(dmp, config.optimizer.dense, network)
     pipeline = TrainPipelineSparseDist(dmp, optimizer, world.device, execute_all_batches=True)
     best = _Best(config.train.early_stop.metric, config.train.early_stop.patience)
     result = FitResult()
@@ -106,30 +110,38 @@ def fit(
         started = time.perf_counter()
         dmp.train()
         report = _Reporter(result.steps, world, observer)
-        batches = loaders["train"].epoch(epoch)
-        for _ in range(len(loaders["train"])):
+        batches, steps = loaders["train"].epoch(epoch), len(loaders["train"])
+        for step in range(steps):
+            set_progress(network, (epoch + step / steps) / config.train.epochs)
             report.add(pipeline.progress(batches))
         report.flush()
         result.train_seconds += time.perf_counter() - started
-        result.steps += len(loaders["train"])
+        set_progress(network, (epoch + 1) / config.train.epochs)
+        result.steps += steps
         result.samples += loaders["train"].num_rows
         pipeline.detach()  # validation calls the model itself, without the pipeline's prefetched inputs
         metrics = {"train_loss": report.mean_loss, **_validate(dmp, loaders["valid"], world, valid_rate)}
         result.history.append(metrics)
         if world.is_main:
             observer.epoch_done(epoch, result.steps, metrics)
-        if best.improves(epoch, metrics):
-            result.weights, result.best_epoch = _collect(dmp), epoch
-        if best.is_over(epoch):
-            break
+        if (epoch + 1) / config.train.epochs >= keep_from:
+            if best.improves(epoch, metrics):
+                result.weights, result.best_epoch = _collect(dmp), epoch
+            if best.is_over(epoch):
+                break
         pipeline.attach()
     return result
 
 
-def _collect(dmp: DistributedModelParallel) -> Weights:
+def _task(dmp: DistributedModelParallel) -> ClickTask:
     task = unwrapped(dmp)
     assert isinstance(task, ClickTask)  # what `fit` was given
-    return Weights(task.model.dense_state(), gather_tables(dmp, task.model.table_names))
+    return task
+
+
+def _collect(dmp: DistributedModelParallel) -> Weights:
+    model = _task(dmp).model
+    return Weights(model.dense_state(), gather_tables(dmp, model.table_names))
 
 
 class _Reporter:

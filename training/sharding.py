@@ -1,5 +1,7 @@
 """The model over several processes: TorchRec plans where the tables go, and this module fills and collects them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -13,9 +15,11 @@ from torchrec.distributed.types import ShardingEnv, ShardingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from masknet.model import Table, initial_rows, table_key
-from training.config import OptimizerConfig, SparseOptimizer
+from masknet.model import Table, table_key
+from training.config import DenseOptimizer, SparseOptimizer
 from training.distributed import World
+from training.projection import Projection
+from training.scale import Scale
 
 _FUSED = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -35,11 +39,14 @@ def _sharding_types(optimizer: str) -> list[str]:
 
 
 def shard(
-    model: nn.Module, tables: tuple[Table, ...], optimizer: SparseOptimizer, world: World
+    model: nn.Module, tables: tuple[Table, ...], optimizer: SparseOptimizer, world: World, *, frozen: bool = False
 ) -> DistributedModelParallel:
-    """Plan, place and wrap `model`, whose tables are on the meta device; every rank must call this."""
+    """Plan, place and wrap `model`, whose tables are on the meta device; every rank must call this.
+
+    With `frozen` the tables stay as they are: their optimizer, which is a part of the backward pass, gets a rate of 0.
+    """
     sharder = EmbeddingBagCollectionSharder(
-        fused_params={"optimizer": _FUSED[optimizer.name], "learning_rate": optimizer.lr}
+        fused_params={"optimizer": _FUSED[optimizer.name], "learning_rate": 0.0 if frozen else optimizer.lr}
     )
     constraint = ParameterConstraints(sharding_types=_sharding_types(optimizer.name))
     planner = EmbeddingShardingPlanner(
@@ -54,11 +61,13 @@ def shard(
     )
 
 
-def initialize_tables(dmp: DistributedModelParallel, tables: tuple[Table, ...], dim: int, seed: int) -> None:
-    """Give every shard its slice of the table's seeded initial rows, so that the start does not depend on the plan."""
+def fill_tables(
+    dmp: DistributedModelParallel, tables: tuple[Table, ...], rows_of: Callable[[Table], torch.Tensor]
+) -> None:
+    """Give every shard its slice of the table's rows [rows, d], so that the start does not depend on the plan."""
     shards = _sharded_tables(dmp)
     for index, table in enumerate(tables):
-        rows = initial_rows(table, dim, seed)
+        rows = rows_of(table)
         for local in shards[table_key(index)].local_shards():
             (row, column), (height, width) = local.metadata.shard_offsets, local.metadata.shard_sizes
             local.tensor.detach().copy_(rows[row : row + height, column : column + width])
@@ -86,13 +95,24 @@ def _sharded_tables(dmp: DistributedModelParallel) -> dict[str, ShardedTensor]:
     }
 
 
-def build_optimizer(dmp: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
+def build_optimizer(dmp: DistributedModelParallel, config: DenseOptimizer, network: nn.Module) -> CombinedOptimizer:
     """The dense optimizer and the one that is fused into the tables' backward pass, as one."""
-    dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(dmp.named_parameters())),
-        lambda params: torch.optim.Adam(params, lr=config.dense.lr, weight_decay=config.dense.weight_decay),
-    )
+    parameters = dict(in_backward_optimizer_filter(dmp.named_parameters()))
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    dense = KeyedOptimizerWrapper(trained, lambda params: _dense_optimizer(list(params), config, network))
     return CombinedOptimizer([("dense", dense), ("", dmp.fused_optimizer)])
+
+
+def _dense_optimizer(params: list[nn.Parameter], config: DenseOptimizer, network: nn.Module) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer
+    if config.name == "scale":
+        optimizer = Scale(network, params, lr=config.lr, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(params, lr=config.lr, weight_decay=config.weight_decay)
+    if config.normalize_and_project:
+        project = Projection(network)
+        optimizer.register_step_post_hook(lambda *_: project())
+    return optimizer
 
 
 def unwrapped(dmp: DistributedModelParallel) -> nn.Module:

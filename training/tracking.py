@@ -98,7 +98,7 @@ def track(config: Config, data: dict[str, Any]) -> Iterator[Run]:
         raise InputError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {reason}") from None
     with mlflow.start_run() as active:
         run = Run(active.info.run_id, config)
-        mlflow.log_params(_flat(config.model_dump(mode="json")))
+        mlflow.log_params(flat(config.model_dump(mode="json")))
         mlflow.log_dict(data, "data.json")
         mlflow.set_tag("masknet.pipeline_digest", data["pipeline_digest"])
         yield run
@@ -111,11 +111,12 @@ def attach_report(run_id: str | None, folder: Path, split: str) -> None:
             mlflow.MlflowClient().log_artifacts(run_id, str(folder), f"report/{split}")
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one level of keys joined by points."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

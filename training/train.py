@@ -12,25 +12,21 @@ from rich.console import Console
 from features.dataset import LABEL, PreparedDataset, groups_of
 from features.errors import InputError
 from features.files import file_written_whole, write_json
-from features.loader import BatchLoader, Share
 from features.metrics import score_metrics
-from masknet.model import MaskNet
 from masknet.networks import build_network
-from serving.bundle import fields_of, tables_of, write_bundle
+from serving.bundle import write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
 from training.distributed import World, join_world
-from training.loop import FitResult, Observer, fit
+from training.fitting import Start, default_out, fit_dataset, require_start_fits, without_norms
+from training.loop import FitResult, Observer
 from training.progress import Silent, TrainingObserver
-from training.sharding import initialize_tables, shard
-from training.task import ClickTask
 from training.tracking import Run, track
 
-VALID_BATCH = 8192
 Result = dict[str, Any]
 
 
-def train(config: Config, data: Path, out: Path | None, console: Console) -> Result | None:
+def train(config: Config, data: Path, out: Path | None, console: Console, start: Start | None = None) -> Result | None:
     """Train, write `out` (config.yaml, bundle/, result.json), register the bundle; None on every rank but 0.
 
     Args:
@@ -38,28 +34,33 @@ def train(config: Config, data: Path, out: Path | None, console: Console) -> Res
         data: a prepared data set.
         out: where to write; by default runs/<experiment>/<run id>.
         console: where a person reads along.
+        start: the model to go on from, and whether its norms are removed on the way; by default a fresh one.
     """
     started = time.perf_counter()
     dataset = PreparedDataset.open(data)
     splits = {name: dataset.split(name) for name in ("valid", "test")}
     _require_trainable(config, dataset, splits)
+    require_start_fits(config, dataset, start)
     with join_world() as world, ExitStack() as stack:
         run, observer = _reporting(config, dataset, world, console, stack)
-        fitted = _fit(config, dataset, world, observer)
+        fitted = fit_dataset(config, dataset, world, observer, start)
         if run is None:
             return None
-        out = out or Path("runs") / config.experiment / run.run_id
+        model, weights = config.model, fitted.weights
+        if start is not None and start.remove_norms:
+            model, weights = without_norms(model, dataset, weights)
+        out = out or default_out(config, run.run_id)
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")
         bundle = write_bundle(
             out / "bundle",
             name=config.tracking.registered_model,
-            config=config.model,
+            config=model,
             schema=dataset.schema,
             pipeline=dataset.pipeline,
             sampling_rate=dataset.schema.sampling_rate,
-            network=fitted.weights.network,
-            tables=fitted.weights.tables,
+            network=weights.network,
+            tables=weights.tables,
             run_id=run.run_id,
             evaluate=lambda scorer: _split_metrics(scorer, splits),
         )
@@ -90,25 +91,6 @@ def _reporting(
         return None, Silent()
     run = stack.enter_context(track(config, {"path": str(dataset.path), **dataset.manifest}))
     return run, stack.enter_context(TrainingObserver(run, console))
-
-
-def _fit(config: Config, dataset: PreparedDataset, world: World, observer: Observer) -> FitResult:
-    share = Share(rank=world.rank, world=world.size)
-    pipeline, seed = dataset.pipeline, config.train.seed
-    loaders = {
-        "train": BatchLoader(
-            dataset.files("train"), pipeline, batch_size=config.train.batch_size, share=share, shuffle_seed=seed
-        ),
-        "valid": BatchLoader(dataset.files("valid"), pipeline, batch_size=VALID_BATCH, share=share),
-    }
-    tables = tables_of(dataset.pipeline)
-    torch.manual_seed(seed)
-    model = MaskNet(config.model, tables, fields_of(pipeline), device="meta")
-    task = ClickTask(model, config.train.precision, world.device.type)
-    dmp = shard(task, tables, config.optimizer.sparse, world)
-    initialize_tables(dmp, tables, config.model.embedding_dim, seed)
-    sampling = dataset.schema.negative_sampling
-    return fit(dmp, config, loaders, world, observer, valid_rate=sampling.rate if sampling else 1.0)
 
 
 def _split_metrics(scorer: Scorer, splits: dict[str, pa.Table]) -> dict[str, dict[str, float | None]]:

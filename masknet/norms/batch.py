@@ -13,7 +13,7 @@ class BatchNorm(RunningNorm):
 
     In evaluation with running means, of the unbiased variance as in torch.nn.BatchNorm1d. `momentum` is the share of
     the new, torch's meaning. Changed: the running means begin as even ones (see `RunningNorm.share_of_new`); a batch of
-    one row normalizes to β and tells no variance, where torch raises an error.
+    one row normalizes to β and leaves the running means as they are, where torch raises an error.
     """
 
     scale_invariant = True
@@ -41,7 +41,7 @@ class BatchNorm(RunningNorm):
 
     def _update(self, rows: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
         pooled = self.pooled("batch", rows, mean, variance + mean.square())
-        if pooled is None:
+        if pooled is None or not bool(pooled[0] > 1):
             return
         total, mean, square = pooled
         # E[x²] − E[x]² would lose digits, so of a step's only batch the variance is taken as it is.
@@ -49,8 +49,7 @@ class BatchNorm(RunningNorm):
         self.steps += 1
         share = self.share_of_new(self.momentum)
         self.running_mean.lerp_(mean, share)
-        if bool(total > 1):
-            self.running_var.lerp_(variance * (total / (total - 1)), share)
+        self.running_var.lerp_(variance * (total / (total - 1)), share)
 
     def affine(self) -> Affine:
         """What evaluation does, in terms that gradients go through."""

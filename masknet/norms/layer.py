@@ -72,7 +72,8 @@ class ConditionalLayerNorm(Norm):
         """LN(x) with the instance's own affine."""
         if instance is None:
             raise ValueError("a conditional layer norm needs the instance, the raw embedding [B, D]")
-        deltas = self.project(functional.relu(self.aggregate(instance))).to(x.dtype)
+        raw = instance.to(self.aggregate.weight.dtype)
+        deltas = self.project(functional.relu(self.aggregate(raw))).to(x.dtype)
         scale, shift = deltas.view(-1, 2, *self.shape).unbind(1)
         normed = functional.layer_norm(x, self.shape[-1:], eps=self.eps)
         return normed * (self.weight + scale) + self.bias + shift

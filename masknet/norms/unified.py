@@ -24,9 +24,10 @@ class UnifiedNorm(RunningNorm):
 
     Changed: warm-up ends after 100 steps instead of 4,000, and the ratio of the step's to the running scale is set free
     with it, where the authors hold it at 1 for 1,000 steps at least; the running power begins as an even mean (see
-    `RunningNorm.share_of_new`); logarithms are of 1e-30 at least, where a silent channel's log(0) would
-    make x / √eps of its next value; gradient statistics are in units of the mean loss over ranks. `alpha` is the share
-    that is kept, called momentum there.
+    `RunningNorm.share_of_new`); logarithms are of eps at least, where the log(0) of a channel that one step leaves
+    silent would make x / √eps of its next values; gradient statistics are in units of the mean loss over ranks. Of a
+    step of several batches the running power sees the smoothed power of the whole. `alpha` is the share that is kept,
+    called momentum there.
     """
 
     running_power: torch.Tensor
@@ -64,12 +65,11 @@ class UnifiedNorm(RunningNorm):
         step = int(self.steps) + 1
         rows, power = mean_over_rows(x.detach().square())
         smooth = step > self.window and step >= self.warmup_steps
-        skip = smooth and self.outlier_filtering and self._has_outlier(power, step)
-        used = self._geometric_mean(power, step) if smooth and not skip else power
+        used, skip = self._smoothed(power, step) if smooth else (power, False)
         ratio = torch.sqrt((used + self.eps) / (self.running_power + self.eps)).clamp(1 / _RATIO, _RATIO)
         if not smooth or skip:
             ratio = torch.ones_like(ratio)
-        self._update_power(rows, power, used, skip, step)
+        self._update_power(rows, power, used, smooth, skip, step)
         inverse = torch.rsqrt(used + self.eps)
         z: torch.Tensor = _DividedByWindow.apply(  # type: ignore[no-untyped-call]
             x, inverse, ratio, self.weight, self, smooth, skip, step
@@ -82,20 +82,27 @@ class UnifiedNorm(RunningNorm):
         window[step % self.window] = power
         return window
 
-    def _geometric_mean(self, power: torch.Tensor, step: int) -> torch.Tensor:
-        return self._windowed(power, step).clamp(min=1e-30).log().mean(0).exp()
-
-    def _has_outlier(self, power: torch.Tensor, step: int) -> bool:
+    def _smoothed(self, power: torch.Tensor, step: int) -> tuple[torch.Tensor, bool]:
+        """The geometric mean over the window, or `power` as it is and True where an outlier is to be skipped."""
+        window = self._windowed(power, step)
+        geometric = window.clamp(min=self.eps).log().mean(0).exp()
         threshold = self.window * self.power_window.sqrt().var()
-        arithmetic = self._windowed(power, step).mean(0)
-        return bool((arithmetic - self._geometric_mean(power, step) > threshold).any())
+        if self.outlier_filtering and bool((window.mean(0) - geometric > threshold).any()):
+            return power, True
+        return geometric, False
 
-    def _update_power(self, rows: torch.Tensor, power: torch.Tensor, used: torch.Tensor, skip: bool, step: int) -> None:
-        pooled = self.pooled("power", rows, power, used)
-        if pooled is not None:
-            self.steps += 1
-            self.power_window[step % self.window] = self.running_power if skip else pooled[1]
-            self.running_power.lerp_(pooled[2], self.share_of_new(1.0 - self.alpha))
+    def _update_power(
+        self, rows: torch.Tensor, power: torch.Tensor, used: torch.Tensor, smooth: bool, skip: bool, step: int
+    ) -> None:
+        pooled = self.pooled("power", rows, power)
+        if pooled is None:
+            return
+        if self.accumulation > 1:
+            power = pooled[1]
+            used, skip = self._smoothed(power, step) if smooth else (power, False)
+        self.steps += 1
+        self.power_window[step % self.window] = self.running_power if skip else power
+        self.running_power.lerp_(used, self.share_of_new(1.0 - self.alpha))
 
     def gradient_estimate(
         self, rows: torch.Tensor, product: torch.Tensor, smooth: bool, skip: bool, step: int

@@ -20,7 +20,7 @@ from training.config import Config
 from training.distributed import World, join_world
 from training.loop import FitResult, fit
 from training.progress import Silent
-from training.sharding import gather_tables, initialize_tables, shard
+from training.sharding import fill_tables, gather_tables, shard
 from training.task import ClickTask
 
 ROWS, VALID = 2000, 400
@@ -89,7 +89,7 @@ def a_model(device: str = "cpu") -> MaskNet:
 
 def trained(world: World, splits: dict[str, SplitFiles], rate: float) -> FitResult:
     dmp = shard(ClickTask(a_model("meta"), "fp32", world.device.type), TABLES, CONFIG.optimizer.sparse, world)
-    initialize_tables(dmp, TABLES, 4, seed=1)
+    fill_tables(dmp, TABLES, lambda table: initial_rows(table, 4, 1))
     loaders = {
         "train": BatchLoader(splits["train"], PIPELINE, batch_size=128, shuffle_seed=1),
         "valid": BatchLoader(splits["valid"], PIPELINE, batch_size=128),
@@ -103,7 +103,7 @@ def test_one_table_per_owner_with_the_lists_pooling() -> None:
 
 def test_sharded_tables_start_with_their_own_rows(world: World) -> None:
     dmp = shard(ClickTask(a_model("meta"), "fp32", world.device.type), TABLES, CONFIG.optimizer.sparse, world)
-    initialize_tables(dmp, TABLES, 4, seed=7)
+    fill_tables(dmp, TABLES, lambda table: initial_rows(table, 4, 7))
     gathered = gather_tables(dmp, ["item", "user"])
     assert list(gathered) == ["item", "user"]
     for table in TABLES:

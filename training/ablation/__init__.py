@@ -1,0 +1,1 @@
+"""The normalization laboratory: many cells trained alike and compared honestly."""

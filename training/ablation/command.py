@@ -1,0 +1,141 @@
+"""`masknet ablate` from its options to its files."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from features.dataset import PreparedDataset
+from features.errors import InputError
+from features.files import file_written_whole, read_json, write_json
+from training.ablation.cells import Cell, Grid
+from training.ablation.document import update_document
+from training.ablation.jobs import Job
+from training.ablation.measure import measure
+from training.ablation.report import render
+from training.ablation.results import Answer, answer, write_answer
+from training.ablation.study import Study, open_study, run_study, statistics
+from training.ablation.tracked import TrackedStudy
+from training.config import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """What `masknet ablate` was asked for; see its --help."""
+
+    config: Path
+    data: Path
+    out: Path | None
+    grid: Grid
+    set: list[str] = field(default_factory=list)
+    baseline: str = "layer"
+    name: str | None = None
+    seeds: int = 5
+    tune_lr: int = 3
+    jobs: int = 1
+    rates: Path | None = None
+    landscape: tuple[str, ...] = ()
+    document: Path | None = None
+
+
+def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
+    """Run or go on with a study; returns the answer and the folder it is in.
+
+    Raises:
+        InputError: the configuration, a cell or the data is wrong, or OUT holds a study of other data.
+        Failure: the baseline has no finished run.
+    """
+    started = time.perf_counter()
+    config = load_config(options.config, options.set)
+    dataset = PreparedDataset.open(options.data)
+    study = _study(options, options.grid.cells(config, options.baseline), config.experiment)
+    open_study(study, dataset)
+    seen = read_json(study.out / "study.json", "ablation")
+    tracked = TrackedStudy(study, config, seen.get("run_id"))
+    children: dict[str, str] = dict(seen.get("children", {}))
+
+    def finished(job: Job, result: dict[str, Any]) -> None:
+        key = job.result.name if study.out not in job.result.parents else str(job.result.relative_to(study.out))
+        if key not in children:
+            children[key] = tracked.add(job, result)
+            _remember(study.out, {"run_id": tracked.run_id, "children": children})
+
+    status = "FAILED"
+    try:
+        with _progress(console) as move:
+            outcomes = run_study(study, move, finished)
+            measured = measure(study.cells, study.baseline, dataset, lambda turn, turns: move("timing", turn, turns))
+            move("comparing", 0, 1)
+            found = answer(study, outcomes, statistics(study, outcomes, dataset), measured, dataset, _device())
+        found["seconds"] = time.perf_counter() - started
+        write_answer(found, study.out)
+        with file_written_whole(study.out / "report.html") as aside:
+            aside.write_text(render(found))
+        if options.document is not None:
+            update_document(options.document, found)
+        status = "FINISHED"
+    finally:
+        tracked.close(study.out, status)
+    return found, study.out
+
+
+def _study(options: AblateOptions, cells: list[Cell], experiment: str) -> Study:
+    name = options.name or experiment
+    known = [cell.name for cell in cells]
+    strangers = [cell for cell in options.landscape if cell not in known]
+    if strangers:
+        raise InputError(f"--landscape {strangers[0]} is no cell; there are {', '.join(known)}")
+    rates = None
+    if options.rates is not None:
+        rates = {str(cell): float(rate) for cell, rate in read_json(options.rates, "--rates").items()}
+    return Study(
+        name=name,
+        cells=cells,
+        baseline=options.baseline,
+        data=options.data,
+        out=options.out or Path("runs") / "ablations" / name,
+        seeds=options.seeds,
+        trials=options.tune_lr,
+        jobs=options.jobs,
+        given_rates=rates,
+        landscape=options.landscape,
+    )
+
+
+def _remember(out: Path, facts: dict[str, Any]) -> None:
+    path = out / "study.json"
+    known = read_json(path, "ablation")
+    with file_written_whole(path) as aside:
+        write_json(aside, {**known, **facts})
+
+
+def _device() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {name: version(name) for name in ("torch", "torchrec", "numpy", "polars")}
+    return {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "versions": versions}
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """A bar for each stage on a terminal; elsewhere nothing but a line when a stage begins."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+                if not console.is_terminal:
+                    console.print(f"{stage}: {total}", highlight=False)
+            bar.update(tasks[stage], completed=done)
+
+        yield move

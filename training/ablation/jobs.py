@@ -1,0 +1,212 @@
+"""Runs of an ablation: one training each, in worker processes, with a result file that a restart finds again."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import InputError
+from features.files import file_written_whole, read_json, write_json
+from training.config import Config
+
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+DIAGNOSED_ROWS = 20_000  # of the test split
+LANDSCAPE_ROWS = 4096  # of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training: a cell with a learning rate and a seed. `result` is written when it ends, however it ends.
+
+    `scores`, where given, gets the test split's scores as a .npy file, and the result gets what they are worth, the
+    network's diagnostics and, with `landscape`, its curvature and loss surface.
+    """
+
+    cell: str
+    config: Config
+    data: Path
+    result: Path
+    scores: Path | None = None
+    landscape: bool = False
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of an earlier run, unless it failed for another reason than the numbers, or lacks something."""
+        if not self.result.is_file():
+            return None
+        found: dict[str, Any] = read_json(self.result, "ablation")
+        whole = found["status"] == DIVERGED or (
+            found["status"] == DONE
+            and (self.scores is None or self.scores.is_file())
+            and (not self.landscape or "landscape" in found)
+        )
+        return found if whole else None
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[Job, dict[str, Any]], None]) -> None:
+    """Run jobs in worker processes; `done` is called here with each result, also of those that an earlier run has.
+
+    A job that fails is a result with that status. So is one whose process dies; its workers are then started anew.
+    """
+    waiting = []
+    for job in jobs:
+        found = job.finished()
+        if found is None:
+            waiting.append(job)
+        else:
+            done(job, found)
+    while waiting:
+        waiting = _run(waiting, min(processes, len(waiting)), done)
+
+
+def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], None]) -> list[Job]:
+    """Run jobs until all are done or a worker dies; returns what is left."""
+    left = list(jobs)
+    with _workers(processes) as pool:
+        running: dict[Future[dict[str, Any]], Job] = {}
+        while left or running:
+            while left and len(running) < processes:
+                job = left.pop(0)
+                running[pool.submit(run_job, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    # Which of the running jobs killed its process is not known: each is told as failed, and a restart
+                    # of the command tries them again.
+                    for lost in (job, *running.values()):
+                        done(lost, _record(lost, {"status": FAILED, "reason": "its process died"}))
+                    return left
+                done(job, result)
+    return left
+
+
+@contextmanager
+def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    for name in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS"):
+        os.environ[name] = str(threads)  # for the workers: this process does nothing meanwhile
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(threads,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    from training.quiet import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train, score, measure; never raises for what goes wrong in it, so that one cell cannot end a study."""
+    from training.errors import Failure
+
+    started = time.perf_counter()
+    try:
+        result = _train_and_measure(job)
+    except Failure as error:
+        result = {"status": DIVERGED, "reason": str(error)}
+    except Exception as error:
+        result = {
+            "status": FAILED,
+            "reason": f"{type(error).__name__}: {' '.join(str(error).split())}",
+            "traceback": traceback.format_exc(),
+        }
+    return _record(job, {**result, "seconds": time.perf_counter() - started})
+
+
+def _record(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    named = {"cell": job.cell, "seed": job.config.train.seed, "lr": job.config.optimizer.dense.lr, **result}
+    with file_written_whole(job.result) as aside:
+        write_json(aside, named)
+    return named
+
+
+def _train_and_measure(job: Job) -> dict[str, Any]:
+    from training.distributed import join_world
+    from training.fitting import build_model, fit_dataset
+    from training.progress import Silent
+
+    dataset = _dataset(job.data)
+    with join_world() as world:
+        fitted = fit_dataset(job.config, dataset, world, Silent())
+    if not fitted.weights.network:
+        raise InputError("no epoch improved on the first: its validation metric is not a number")
+    best = fitted.history[fitted.best_epoch]
+    result: dict[str, Any] = {
+        "status": DONE,
+        "valid_logloss": best["logloss"],
+        "valid_auc": _finite(best["auc"]),
+        "history": [{key: _finite(value) for key, value in epoch.items()} for epoch in fitted.history],
+        "best_epoch": fitted.best_epoch + 1,
+        "steps": fitted.steps,
+        "samples_per_second": fitted.samples / fitted.train_seconds,
+    }
+    if job.scores is not None:
+        model = build_model(job.config.model, dataset)
+        model.load_weights(fitted.weights.network, [fitted.weights.tables[name] for name in model.table_names])
+        result |= _measure(job, dataset, model)
+    return result
+
+
+def _measure(job: Job, dataset: Any, model: Any) -> dict[str, Any]:
+    """Test metrics by the one scorer, diagnostics of the blocks, and the landscape where it is asked for."""
+    from features.dataset import LABEL, groups_of
+    from features.metrics import score_metrics
+    from serving.scorer import Scorer
+    from training.ablation.diagnostics import diagnose, sampled
+    from training.ablation.landscape import curvature, surface
+
+    assert job.scores is not None  # the caller has looked
+    test = _split(job.data, "test")
+    score_N = Scorer(dataset.pipeline, model, dataset.schema.sampling_rate).score_encoded(test)
+    with file_written_whole(job.scores) as aside, aside.open("wb") as file:
+        np.save(file, score_N, allow_pickle=False)
+    label_N = test[LABEL].to_numpy()
+    sample = sampled(model, dataset, test.slice(0, min(DIAGNOSED_ROWS, test.num_rows)))
+    result = {
+        "test": score_metrics(label_N, score_N, groups_of(test)),
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "diagnostics": diagnose(model.network, sample),
+    }
+    if job.landscape:
+        rows = (sample.emb_BFd[:LANDSCAPE_ROWS], sample.label_B[:LANDSCAPE_ROWS], sample.weight_B[:LANDSCAPE_ROWS])
+        plane = surface(model.network, *rows)
+        result["landscape"] = {
+            "curvature": {key: _finite(value) for key, value in asdict(curvature(model.network, *rows)).items()},
+            "axis": plane.axis_K.tolist(),
+            "loss": [[_finite(value) for value in row] for row in plane.loss_KK.tolist()],
+        }
+    return result
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+@lru_cache(maxsize=1)
+def _dataset(path: Path) -> Any:
+    from features.dataset import PreparedDataset
+
+    return PreparedDataset.open(path)
+
+
+@lru_cache(maxsize=1)
+def _split(path: Path, name: str) -> Any:
+    return _dataset(path).split(name)

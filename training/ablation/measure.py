@@ -1,0 +1,97 @@
+"""How long cells take, measured in turns so that all see the same machine.
+ A cell's time is compared with the baseline's in the same turn. The network alone is measured, on random embeddings:
+tables, loading and their optimizer are the same for all cells.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from features.dataset import PreparedDataset
+from masknet.folding import fold_affines
+from masknet.networks import build_network
+from training.ablation.cells import Cell
+
+TURNS = 15
+MOST_ROWS, SERVED_ROWS = 4096, 500  # of a training step, and of a request
+
+Measured = dict[str, dict[str, Any]]
+
+
+def measure(
+    cells: list[Cell], baseline: str, dataset: PreparedDataset, progress: Callable[[int, int], None]
+) -> Measured:
+    """For each cell a training step and the folded network's forward pass over 500 rows: milliseconds, and over
+    baseline's.
+
+    Each is {"rows", "p20", "p50", "p80", "ratio": {"p20", "p50", "p80"}}.
+    """
+    fields = len(dataset.pipeline.fields)
+    stages = {cell.name: (_Step(cell, fields), _Forward(cell, fields)) for cell in cells}
+    taken: dict[str, list[list[float]]] = {name: [[], []] for name in stages}
+    for turn in range(TURNS + 1):
+        for name, pair in stages.items():
+            for place, stage in enumerate(pair):
+                milliseconds = stage()
+                if turn > 0:  # the first call of everything is slower
+                    taken[name][place].append(milliseconds)
+        progress(turn, TURNS)
+    found: Measured = {}
+    for name, pair in stages.items():
+        found[name] = {
+            what: {
+                "rows": pair[place].rows,
+                **_quantiles(taken[name][place]),
+                "ratio": _quantiles(np.divide(taken[name][place], taken[baseline][place]).tolist()),
+            }
+            for place, what in enumerate(("step", "forward"))
+        }
+    return found
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {f"p{q}": float(f"{np.percentile(values, q):.4g}") for q in (20, 50, 80)}
+
+
+class _Step:
+    """Forward, backward and optimizer of the network, in training."""
+
+    def __init__(self, cell: Cell, fields: int) -> None:
+        torch.manual_seed(0)
+        self.rows = min(MOST_ROWS, cell.config.train.batch_size)
+        self._network = build_network(cell.config.model, fields).train()
+        self._emb_BFd = 0.01 * torch.randn(self.rows, fields, cell.config.model.embedding_dim)
+        self._label_B = (torch.rand(self.rows) < 0.25).float()
+        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=1e-4)
+        self._bf16 = cell.config.train.precision == "bf16"
+
+    def __call__(self) -> float:
+        started = time.perf_counter()
+        self._optimizer.zero_grad()
+        emb_BFd = self._emb_BFd.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            logit_B = self._network(emb_BFd)
+        functional.binary_cross_entropy_with_logits(logit_B.float(), self._label_B).backward()
+        self._optimizer.step()
+        return 1000 * (time.perf_counter() - started)
+
+
+class _Forward:
+    """The folded network on a request's rows."""
+
+    def __init__(self, cell: Cell, fields: int) -> None:
+        torch.manual_seed(0)
+        self.rows = SERVED_ROWS
+        network = build_network(cell.config.model, fields)
+        self._network = fold_affines(network)
+        self._emb_BFd = 0.01 * torch.randn(self.rows, fields, cell.config.model.embedding_dim)
+
+    def __call__(self) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._network(self._emb_BFd)
+        return 1000 * (time.perf_counter() - started)

@@ -1,0 +1,137 @@
+"""From a configuration and a data set to weights: what `masknet train` and every run of `masknet ablate` have in
+common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from features.dataset import PreparedDataset
+from features.errors import InputError
+from features.loader import BatchLoader, Share
+from masknet.config import MaskNetConfig
+from masknet.model import MaskNet, Table, initial_rows
+from masknet.norms.base import Norm
+from masknet.removal import LAST, begin_removal, finish_removal
+from serving.bundle import Bundle, fields_of, tables_of
+from training.config import Config
+from training.distributed import World
+from training.loop import FitResult, Observer, Weights, fit
+from training.sharding import fill_tables, shard
+from training.task import ClickTask
+
+VALID_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that training goes on from."""
+
+    bundle: Bundle
+    remove_norms: bool = False
+
+    def weights(self) -> Weights:
+        """Its weights, the tables by name."""
+        model = self.bundle.scorer.model
+        bags = model.embeddings.embedding_bags.values()
+        tables = {name: bag.weight.detach() for name, bag in zip(model.table_names, bags, strict=True)}
+        return Weights(model.dense_state(), tables)
+
+
+def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | None) -> None:
+    """InputError where a configuration, a data set and the model to start from do not go together."""
+    if start is None:
+        if config.train.train_only_affine:
+            raise InputError("train.train_only_affine trains next to nothing of a fresh model: give one with --from")
+        return
+    name = f"model {start.bundle.name}"
+    dataset.require_pipeline(start.bundle.pipeline.digest, name)
+    theirs = start.bundle.config.model_dump()
+    other = [key for key, value in config.model.model_dump().items() if key != "dropout" and theirs[key] != value]
+    if other:
+        raise InputError(f"config: model.{other[0]} is not that of {name} ({theirs[other[0]]}), where training starts")
+
+
+def build_model(config: MaskNetConfig, dataset: PreparedDataset, device: str = "cpu") -> MaskNet:
+    """A model for a data set's fields."""
+    return MaskNet(config, tables_of(dataset.pipeline), fields_of(dataset.pipeline), device=device)
+
+
+def fit_dataset(
+    config: Config, dataset: PreparedDataset, world: World, observer: Observer, start: Start | None = None
+) -> FitResult:
+    """Train on a data set's training split until its validation split says stop; every rank must call this.
+
+    Raises:
+        InputError: too many ranks for the batches, or the model to start from cannot be trained so.
+        Failure: the loss became NaN or infinite.
+    """
+    seed, tables = config.train.seed, tables_of(dataset.pipeline)
+    torch.manual_seed(seed)
+    model = build_model(config.model, dataset, "meta")
+    given = start.weights() if start is not None else None
+    if given is not None:
+        model.load_dense(given.network)
+    if start is not None and start.remove_norms:
+        _begin_removal(model, config.model)
+    if config.train.train_only_affine:
+        _freeze_all_but_affine(model)
+    task = ClickTask(model, config.train.precision, world.device.type)
+    dmp = shard(task, tables, config.optimizer.sparse, world, frozen=config.train.train_only_affine)
+
+    def rows_of(table: Table) -> torch.Tensor:
+        return given.tables[table.name] if given is not None else initial_rows(table, config.model.embedding_dim, seed)
+
+    fill_tables(dmp, tables, rows_of)
+    sampling = dataset.schema.negative_sampling
+    return fit(
+        dmp,
+        config,
+        _loaders(config, dataset, world),
+        world,
+        observer,
+        valid_rate=sampling.rate if sampling else 1.0,
+        keep_from=LAST if start is not None and start.remove_norms else 0.0,
+    )
+
+
+def without_norms(config: MaskNetConfig, dataset: PreparedDataset, weights: Weights) -> tuple[MaskNetConfig, Weights]:
+    """The shape and weights of a network whose norms were frozen in training, once they are folded away."""
+    model = build_model(config, dataset, "meta")
+    begin_removal(model.network, config)
+    model.load_dense(weights.network)
+    folded = finish_removal(model.network, config)
+    return folded, Weights(model.dense_state(), weights.tables)
+
+
+def _begin_removal(model: MaskNet, config: MaskNetConfig) -> None:
+    try:
+        begin_removal(model.network, config)
+    except ValueError as error:
+        raise InputError(f"--remove-norms: {error}") from None
+
+
+def _freeze_all_but_affine(model: MaskNet) -> None:
+    """Let only the norms' parameters and the logit's layer be trained (Frankle et al., arXiv 2003.00152)."""
+    trained: list[nn.Module] = [module for module in model.network.modules() if isinstance(module, Norm)]
+    if not any(True for module in trained for _ in module.parameters()):
+        raise InputError("train.train_only_affine: this model's norms have no parameters to train")
+    kept = {id(parameter) for module in [*trained, model.network.logit] for parameter in module.parameters()}
+    for parameter in [*model.network.parameters(), *(model.values.parameters() if model.values is not None else [])]:
+        parameter.requires_grad_(id(parameter) in kept)
+
+
+def _loaders(config: Config, dataset: PreparedDataset, world: World) -> dict[str, BatchLoader]:
+    share = Share(rank=world.rank, world=world.size)
+    batch_size, seed = config.train.batch_size, config.train.seed
+    train, valid = dataset.files("train"), dataset.files("valid")
+    return {
+        "train": BatchLoader(train, dataset.pipeline, batch_size=batch_size, share=share, shuffle_seed=seed),
+        "valid": BatchLoader(valid, dataset.pipeline, batch_size=VALID_BATCH, share=share),
+    }
+
+
+def default_out(config: Config, run_id: str) -> Path:
+    """Where a run's files go unless --out says otherwise."""
+    return Path("runs") / config.experiment / run_id
