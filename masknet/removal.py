@@ -5,16 +5,15 @@ deviation is a linear map. The constant is an exponential mean (0.9) over steps 
 hidden vector and one for each field; the blocks' norms are frozen first, in their order, LN_EMB last.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
 from masknet.blocks import MaskBlock, StandardizedLinear
 from masknet.config import MaskNetConfig
+from masknet.folding import as_module
 from masknet.networks import ParallelMaskNet, PartialNorm, SerialMaskNet
 from masknet.norms.affine import AffineOnly
-from masknet.norms.base import Norm
+from masknet.norms.base import Affine, Norm
 from masknet.norms.layer import LayerNorm
 from masknet.norms.none import NoNorm
 from masknet.norms.rms import RMSNorm
@@ -62,11 +61,11 @@ class FreezingNorm(Norm):
         self.running_deviation.copy_(torch.lerp(mean, self.running_deviation, keep))
         self.seen.logical_or_((rows > 0).squeeze())
 
-    def remaining(self) -> torch.Tensor:
-        """γ over the frozen deviation."""
+    def remaining(self) -> Affine:
+        """What the norm does beside centring: γ over the frozen deviation, and β."""
         if not bool(self.frozen):
             raise ValueError("a norm was not frozen before training ended")
-        return self.weight.detach() / self.running_deviation
+        return Affine(self.weight.detach() / self.running_deviation, self.bias.detach())
 
 
 def begin_removal(network: Network, config: MaskNetConfig) -> None:
@@ -82,6 +81,8 @@ def begin_removal(network: Network, config: MaskNetConfig) -> None:
                 f"{slot} {norm.name} has no divisor that could be frozen: only layer and rms have, and norms "
                 "by running statistics go without a fine-tune"
             )
+        if norm.parameters.get("group_scaling") is not None:
+            raise ValueError(f"{slot} {norm.name} with group_scaling divides each row by a statistic of its own")
     places: list[tuple[nn.Module, str]] = [(block, "norm") for block in network.blocks if isinstance(block, MaskBlock)]
     places += [_embedding_place(network)]
     freezing = [(owner, name) for owner, name in places if isinstance(getattr(owner, name), LayerNorm | RMSNorm)]
@@ -117,37 +118,27 @@ def _embedding_place(network: Network) -> tuple[nn.Module, str]:
 def _fold_hidden(block: MaskBlock) -> None:
     old, norm = block.linear, block.norm
     weight = (old.standardized() if isinstance(old, StandardizedLinear) else old.weight).detach()
+    if isinstance(norm, FreezingNorm) and norm.centred:
+        weight = weight - weight.mean(0, keepdim=True)
     linear = nn.Linear(old.in_features, old.out_features, bias=False)
-    affine = AffineOnly(norm.shape, eps=norm.eps)
-    if isinstance(norm, FreezingNorm):
-        scale, shift = norm.remaining(), norm.bias
-        if norm.centred:
-            weight = weight - weight.mean(0, keepdim=True)
-    else:
-        scale, shift = _folded(norm)
     linear.weight.copy_(weight)
-    affine.weight.copy_(scale)
-    affine.bias.copy_(shift)
-    block.linear, block.norm = linear, affine
+    block.linear, block.norm = linear, as_module(_remaining(norm), norm)
 
 
-@torch.no_grad()
 def _fold_embedding(owner: nn.Module, name: str) -> bool:
     norm = getattr(owner, name)
-    centred = isinstance(norm, FreezingNorm) and norm.centred
-    affine = AffineOnly(norm.shape, eps=norm.eps, centred=centred)
-    scale, shift = (norm.remaining(), norm.bias) if isinstance(norm, FreezingNorm) else _folded(norm)
-    affine.weight.copy_(scale)
-    affine.bias.copy_(shift)
-    setattr(owner, name, affine)
-    return centred
+    module = as_module(_remaining(norm), norm)
+    module.centred = isinstance(norm, FreezingNorm) and norm.centred
+    setattr(owner, name, module)
+    return module.centred
 
 
-def _folded(norm: Norm) -> Iterator[torch.Tensor]:
-    affine = norm.fold()
+def _remaining(norm: Norm) -> Affine:
+    """What is left of a norm beside centring."""
+    affine = norm.remaining() if isinstance(norm, FreezingNorm) else norm.fold()
     if affine is None:
         raise ValueError(f"{type(norm).__name__} is no affine yet: it has not come to the end of its schedule")
-    yield from (affine.scale, affine.shift)
+    return affine
 
 
 def has_norms(network: Network) -> bool:

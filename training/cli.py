@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -239,7 +240,7 @@ def ablate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare normalizations or other variants fairly: same seeds, data order and budget, each at its own learning rate.
+    """Compare normalizations or other variants fairly: same seeds, data and budget, each at its own learning rate.
 
     Intervals and tests allow for seeds and for the test rows, and are corrected for the number of cells. Finished runs
     are not run again when the command is repeated; a cell that diverges is a row that says so.
@@ -275,6 +276,7 @@ def ablate(
         rates=rates,
         landscape=split_norms(landscape),
         document=document,
+        command=shlex.join(["masknet", *sys.argv[1:]]),
     )
     found, folder = run_ablate(options, console)
     if not as_json:

@@ -17,6 +17,7 @@ from masknet.removal import LAST, begin_removal, finish_removal
 from serving.bundle import Bundle, fields_of, tables_of
 from training.config import Config
 from training.distributed import World
+from training.errors import Failure
 from training.loop import FitResult, Observer, Weights, fit
 from training.sharding import fill_tables, shard
 from training.task import ClickTask
@@ -101,7 +102,10 @@ def without_norms(config: MaskNetConfig, dataset: PreparedDataset, weights: Weig
     model = build_model(config, dataset, "meta")
     begin_removal(model.network, config)
     model.load_dense(weights.network)
-    folded = finish_removal(model.network, config)
+    try:
+        folded = finish_removal(model.network, config)
+    except ValueError as error:
+        raise Failure(f"the norms could not be removed: {error}") from None
     return folded, Weights(model.dense_state(), weights.tables)
 
 

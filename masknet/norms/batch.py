@@ -89,8 +89,8 @@ class PRepBatchNorm(Norm):
         self.register_buffer("blend", torch.ones(()))
 
     def set_progress(self, done: float) -> None:
-        """λ by the share of training that is done."""
-        self.blend.fill_(min(1.0, max(0.0, 1.0 - (done - self.warm) / (self.until - self.warm))))
+        """λ by the share of training that is done; it only falls, so that a trained norm stays what it has become."""
+        self.blend.clamp_(max=max(0.0, 1.0 - (done - self.warm) / (self.until - self.warm)))
 
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """The blend."""

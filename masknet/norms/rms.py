@@ -10,7 +10,7 @@ from masknet.norms.base import Norm
 class RMSNorm(Norm):
     """y = γ ⊙ x / √(mean(x²) + eps) over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    Differs from torch.nn.RMSNorm as `LayerNorm` here does from torch's; eps has no default, since torch's own
+    Differs from torch.nn.RMSNorm as `LayerNorm` here does from torch's; eps is never left to torch, whose own
     depends on its version. Statistics are computed in fp32 or wider.
     """
 

@@ -44,6 +44,7 @@ class AblateOptions:
     rates: Path | None = None
     landscape: tuple[str, ...] = ()
     document: Path | None = None
+    command: str = ""
 
 
 def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
@@ -75,7 +76,7 @@ def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
             measured = measure(study.cells, study.baseline, dataset, lambda turn, turns: move("timing", turn, turns))
             move("comparing", 0, 1)
             found = answer(study, outcomes, statistics(study, outcomes, dataset), measured, dataset, _device())
-        found["seconds"] = time.perf_counter() - started
+        found |= {"command": options.command, "seconds": time.perf_counter() - started}
         write_answer(found, study.out)
         with file_written_whole(study.out / "report.html") as aside:
             aside.write_text(render(found))
