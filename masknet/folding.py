@@ -33,7 +33,7 @@ def fold_affines(network: Network) -> Network:
 
 def as_module(affine: Affine, norm: Norm) -> AffineOnly:
     """An affine as a norm of its own."""
-    module = AffineOnly(norm.shape, eps=norm.eps)
+    module = AffineOnly(norm.shape, eps=norm.eps).to(affine.scale)
     module.load_state_dict({"weight": affine.scale, "bias": affine.shift})
     return module
 
@@ -44,7 +44,7 @@ def _fold_block(block: MaskBlock) -> None:
     weight = linear.standardized() if isinstance(linear, StandardizedLinear) else linear.weight
     if affine is None or isinstance(block.norm, NoNorm):
         affine = None
-    static = nn.Linear(linear.in_features, linear.out_features, bias=affine is not None)
+    static = nn.Linear(linear.in_features, linear.out_features, bias=affine is not None).to(weight)
     static.weight.copy_(weight if affine is None else affine.scale.unsqueeze(1) * weight)
     if affine is not None:
         static.bias.copy_(affine.shift)

@@ -14,6 +14,7 @@ from masknet.folding import as_module
 from masknet.networks import ParallelMaskNet, PartialNorm, SerialMaskNet
 from masknet.norms.affine import AffineOnly
 from masknet.norms.base import Affine, Norm
+from masknet.norms.batch import PRepBatchNorm
 from masknet.norms.layer import LayerNorm
 from masknet.norms.none import NoNorm
 from masknet.norms.rms import RMSNorm
@@ -57,7 +58,7 @@ class FreezingNorm(Norm):
 
     def _follow(self, deviation: torch.Tensor) -> None:
         rows, mean = mean_over_rows(deviation)
-        keep = torch.where(self.frozen | (rows == 0), 1.0, torch.where(self.seen, _KEEP, 0.0))
+        keep = torch.where(self.seen, torch.full_like(mean, _KEEP), 0.0).masked_fill(self.frozen | (rows == 0), 1.0)
         self.running_deviation.copy_(torch.lerp(mean, self.running_deviation, keep))
         self.seen.logical_or_((rows > 0).squeeze())
 
@@ -91,6 +92,12 @@ def begin_removal(network: Network, config: MaskNetConfig) -> None:
         setattr(owner, name, FreezingNorm(getattr(owner, name), freeze_at))
 
 
+def removed_from(network: Network) -> float:
+    """The share of training from which `finish_removal` can fold every norm of a network that removal was begun for."""
+    blending = [norm for norm in network.modules() if isinstance(norm, PRepBatchNorm) and bool(norm.blend)]
+    return max([LAST, *(norm.until for norm in blending)])
+
+
 def finish_removal(network: Network, config: MaskNetConfig) -> MaskNetConfig:
     """Fold every norm of a fine-tuned `network` into an affine and, for centring, W; returns the shape it has then.
 
@@ -120,13 +127,15 @@ def _fold_hidden(block: MaskBlock) -> None:
     weight = (old.standardized() if isinstance(old, StandardizedLinear) else old.weight).detach()
     if isinstance(norm, FreezingNorm) and norm.centred:
         weight = weight - weight.mean(0, keepdim=True)
-    linear = nn.Linear(old.in_features, old.out_features, bias=False)
+    linear = nn.Linear(old.in_features, old.out_features, bias=False).to(weight)
     linear.weight.copy_(weight)
     block.linear, block.norm = linear, as_module(_remaining(norm), norm)
 
 
 def _fold_embedding(owner: nn.Module, name: str) -> bool:
     norm = getattr(owner, name)
+    if isinstance(norm, AffineOnly):
+        return norm.centred
     module = as_module(_remaining(norm), norm)
     module.centred = isinstance(norm, FreezingNorm) and norm.centred
     setattr(owner, name, module)

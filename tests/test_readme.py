@@ -83,6 +83,7 @@ def test_commands_run_in_order(home: Path) -> None:
         "score",
         "prepare",
         "evaluate",
+        "ablate",
         "serve",
     ]
     for command in COMMANDS[:-1]:

@@ -13,7 +13,7 @@ from features.loader import BatchLoader, Share
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet, Table, initial_rows
 from masknet.norms.base import Norm
-from masknet.removal import LAST, begin_removal, finish_removal
+from masknet.removal import begin_removal, finish_removal, removed_from
 from serving.bundle import Bundle, fields_of, tables_of
 from training.config import Config
 from training.distributed import World
@@ -93,7 +93,7 @@ def fit_dataset(
         world,
         observer,
         valid_rate=sampling.rate if sampling else 1.0,
-        keep_from=LAST if start is not None and start.remove_norms else 0.0,
+        keep_from=removed_from(model.network) if start is not None and start.remove_norms else 0.0,
     )
 
 

@@ -16,6 +16,7 @@ from masknet.norms import set_progress
 from training.config import Config
 from training.distributed import World, concat_over_ranks, sum_over_ranks
 from training.errors import Failure
+from training.recalibration import recalibrated
 from training.sharding import build_optimizer, gather_tables, unwrapped
 from training.task import ClickTask, StepOutput
 
@@ -120,15 +121,16 @@ def fit(
         result.steps += steps
         result.samples += loaders["train"].num_rows
         pipeline.detach()  # validation calls the model itself, without the pipeline's prefetched inputs
-        metrics = {"train_loss": report.mean_loss, **_validate(dmp, loaders["valid"], world, valid_rate)}
+        may_end = (epoch + 1) / config.train.epochs >= keep_from
+        with recalibrated(dmp, network, loaders["train"], world):
+            metrics = {"train_loss": report.mean_loss, **_validate(dmp, loaders["valid"], world, valid_rate)}
+            if may_end and best.improves(epoch, metrics):
+                result.weights, result.best_epoch = _collect(dmp), epoch
         result.history.append(metrics)
         if world.is_main:
             observer.epoch_done(epoch, result.steps, metrics)
-        if (epoch + 1) / config.train.epochs >= keep_from:
-            if best.improves(epoch, metrics):
-                result.weights, result.best_epoch = _collect(dmp), epoch
-            if best.is_over(epoch):
-                break
+        if may_end and best.is_over(epoch):
+            break
         pipeline.attach()
     return result
 

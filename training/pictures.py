@@ -23,7 +23,7 @@ def roc_picture(label_N: FloatN, scores: Mapping[str, FloatN]) -> str:
         false_rate, true_rate, _ = roc_curve(label_N, score_N)
         axes.plot(false_rate, true_rate, label=name, color=colour, linewidth=1.8)
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def calibration_picture(label_N: FloatN, scores: Mapping[str, FloatN]) -> str:
@@ -34,7 +34,7 @@ def calibration_picture(label_N: FloatN, scores: Mapping[str, FloatN]) -> str:
         predicted, observed, _ = reliability(label_N, score_N)
         axes.plot(predicted, observed, marker="o", markersize=4, label=name, color=colour, linewidth=1.2)
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def histogram_picture(label_N: FloatN, score_N: FloatN) -> str:
@@ -44,7 +44,7 @@ def histogram_picture(label_N: FloatN, score_N: FloatN) -> str:
     parts = [score_N[label_N == 0], score_N[label_N == 1]]
     axes.hist(parts, bins=list(bins), stacked=True, label=["no click", "click"], color=[_COLOURS[1], _COLOURS[0]])
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
@@ -56,7 +56,8 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element."""
     text = io.StringIO()
     # Text stays text, so that it is sharp and can be selected; a fixed salt, so that equal data gives equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "masknet", "font.family": "sans-serif"}):

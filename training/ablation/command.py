@@ -18,13 +18,14 @@ from features.errors import InputError
 from features.files import file_written_whole, read_json, write_json
 from training.ablation.cells import Cell, Grid
 from training.ablation.document import update_document
-from training.ablation.jobs import Job
+from training.ablation.jobs import DONE, Job
 from training.ablation.measure import measure
 from training.ablation.report import render
 from training.ablation.results import Answer, answer, write_answer
 from training.ablation.study import Study, open_study, run_study, statistics
 from training.ablation.tracked import TrackedStudy
 from training.config import load_config
+from training.report import number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,17 @@ def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
     open_study(study, dataset)
     seen = read_json(study.out / "study.json", "ablation")
     tracked = TrackedStudy(study, config, seen.get("run_id"))
-    children: dict[str, str] = dict(seen.get("children", {}))
+    children: dict[str, dict[str, str]] = dict(seen.get("children", {}))
 
     def finished(job: Job, result: dict[str, Any]) -> None:
-        key = job.result.name if study.out not in job.result.parents else str(job.result.relative_to(study.out))
-        if key not in children:
-            children[key] = tracked.add(job, result)
-            _remember(study.out, {"run_id": tracked.run_id, "children": children})
+        key = str(job.result.relative_to(study.out))
+        if children.get(key, {}).get("status") == result["status"]:
+            return
+        tracked.remove(children.get(key, {}).get("run_id"))
+        children[key] = {"run_id": tracked.add(job, result), "status": result["status"]}
+        _remember(study.out, {"run_id": tracked.run_id, "children": children})
+        if not console.is_terminal:
+            console.print(f"{job.cell}, seed {result['seed']}: {_told(result)}", highlight=False, markup=False)
 
     status = "FAILED"
     try:
@@ -109,6 +114,13 @@ def _study(options: AblateOptions, cells: list[Cell], experiment: str) -> Study:
         given_rates=rates,
         landscape=options.landscape,
     )
+
+
+def _told(result: dict[str, Any]) -> str:
+    if result["status"] != DONE:
+        return f"{result['status']}: {result['reason']}"
+    test = result["test"]
+    return f"auc {number(test['auc'])}, logloss {number(test['logloss'])} in {result['seconds']:.0f} s"
 
 
 def _remember(out: Path, facts: dict[str, Any]) -> None:

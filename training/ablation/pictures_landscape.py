@@ -1,5 +1,6 @@
 """The picture of loss surfaces side by side, as SVG text."""
 
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,12 +10,13 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from training.ablation.landscape import FloatKK, Surface
-from training.pictures import _svg
+from training.pictures import svg
 
 COLUMNS = 2  # more do not read on a phone
 LEVELS = 13
 _COLOURS = "cividis"  # reads alike with and without colour blindness
 _NO_LOSS = "#dadce0"
+_TITLE = 26  # characters in a line of a panel's title
 _SMALL, _SMALLER = 9, 8  # points, at the width of the report's other pictures
 
 
@@ -31,7 +33,7 @@ def landscape_picture(surfaces: Mapping[str, Surface]) -> str:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     colours = ScalarMappable(BoundaryNorm(level_L, 256), _COLOURS)
     for place, (axes, (name, surface)) in enumerate(zip(grid, surfaces.items(), strict=False)):
-        axes.set_title(name, fontsize=_SMALL)
+        axes.set_title("\n".join(textwrap.wrap(name, _TITLE)), fontsize=_SMALL, parse_math=False)
         axes.set_aspect("equal")
         axes.set_facecolor(_NO_LOSS)
         axes.tick_params(labelsize=_SMALLER, labelbottom=place >= len(surfaces) - columns)
@@ -50,7 +52,7 @@ def landscape_picture(surfaces: Mapping[str, Surface]) -> str:
     bar.minorticks_off()
     bar.ax.tick_params(labelsize=_SMALLER)
     bar.set_label("Loss above the panel's lowest", fontsize=_SMALL)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _above_lowest(loss_KK: FloatKK) -> FloatKK:

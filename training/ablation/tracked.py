@@ -70,6 +70,12 @@ class TrackedStudy:
         self._client.set_terminated(run_id, "FINISHED" if done else "FAILED")
         return run_id
 
+    def remove(self, run_id: str | None) -> None:
+        """Forget the run of a seed that has run again."""
+        if run_id is not None:
+            with suppress(MlflowException):
+                self._client.delete_run(run_id)
+
     def close(self, out: Path, status: str) -> None:
         """End the study's run, with the files of its answer."""
         for name in ("cells.json", "cells.csv", "rates.json", "report.html"):

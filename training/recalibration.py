@@ -1,0 +1,49 @@
+"""Running statistics as evaluation needs them: of a network without dropout.
+ Behind a dropout of p the mean square that a running norm sees in training is 1 / (1 − p) times what it is in
+evaluation, where nothing is dropped and nothing scaled. The statistics are therefore taken anew before every
+validation, from training rows and with dropout off; training then goes on with its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from features.loader import BatchLoader
+from masknet.networks import ParallelMaskNet
+from masknet.norms.running import RunningNorm
+from training.distributed import World
+
+BATCHES = 20  # the first ten are averaged evenly, later ones count a tenth
+
+
+@contextmanager
+def recalibrated(
+    dmp: DistributedModelParallel, network: nn.Module, loader: BatchLoader, world: World
+) -> Iterator[None]:
+    """For the length of a block, running norms hold statistics of `loader`'s rows without dropout.
+
+    Does nothing where no running norm stands behind a dropout: parallel blocks read none. Every rank must call this.
+    """
+    norms = [module for module in network.modules() if isinstance(module, RunningNorm)]
+    drops = [m for m in network.modules() if isinstance(m, nn.Dropout | nn.AlphaDropout) and m.p > 0]
+    if not norms or not drops or isinstance(network, ParallelMaskNet):
+        yield
+        return
+    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    dmp.eval()
+    for norm in norms:
+        norm.train()
+        norm.steps.zero_()
+    with torch.no_grad():
+        for batch in islice(loader.epoch(0), BATCHES):
+            dmp(batch.to(world.device))
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
