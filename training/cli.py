@@ -252,7 +252,7 @@ def ablate(
     check_stack()
     from training.ablation.cells import Grid, numbers, split_norms
     from training.ablation.command import AblateOptions, run_ablate
-    from training.ablation.tables import cells_table
+    from training.ablation.tables import differences_table, metrics_table
 
     options = AblateOptions(
         config=config,
@@ -280,7 +280,7 @@ def ablate(
     )
     found, folder = run_ablate(options, console)
     if not as_json:
-        Console().print(cells_table(found))
+        Console().print(metrics_table(found), differences_table(found))
     _answer(as_json, {"out": str(folder), "cells": found["cells"]}, f"report: {folder / 'report.html'}")
 
 

@@ -47,7 +47,11 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
             raise InputError("train.train_only_affine trains next to nothing of a fresh model: give one with --from")
         return
     name = f"model {start.bundle.name}"
-    dataset.require_pipeline(start.bundle.pipeline.digest, name)
+    if dataset.pipeline.digest != start.bundle.pipeline.digest:
+        raise InputError(
+            f"prepared data {dataset.path} was encoded by another pipeline than that of {name}, where training starts: "
+            "prepare the raw rows with --pipeline MODEL"
+        )
     theirs = start.bundle.config.model_dump()
     other = [key for key, value in config.model.model_dump().items() if key != "dropout" and theirs[key] != value]
     if other:

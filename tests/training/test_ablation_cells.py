@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from features.errors import InputError
-from training.ablation.cells import Cell, Grid, numbers, rates, split_norms, with_rate
+from training.ablation.cells import Cell, Grid, next_rate, numbers, rates, split_norms, with_rate
 from training.config import Config, load_config
 
 CONFIG = Path(__file__).parents[2] / "training" / "configs" / "movielens.yaml"
@@ -130,6 +130,7 @@ def test_numbers_of_an_option() -> None:
 def test_rates_are_a_factor_of_3_apart_around_the_configured_one(movielens: Config) -> None:
     assert rates(movielens, 3) == [1e-4, 3e-4, 9e-4]
     assert rates(movielens, 1) == [3e-4]
+    assert (next_rate(3e-4, up=True), next_rate(3e-4, up=False)) == (9e-4, 1e-4)
     changed = with_rate(movielens, 1e-4, 7)
     assert (changed.optimizer.dense.lr, changed.train.seed) == (1e-4, 7)
     assert changed.model == movielens.model

@@ -73,7 +73,7 @@ def test_a_cell_that_goes_wrong_is_a_row_that_says_so(found: dict[str, Any]) -> 
         "failed in 2 of 2 seeds: ValueError: reduction_ratio 0.0001 leaves no aggregation unit" in impossible["trouble"]
     )
     assert impossible["metrics"] == impossible["differences"] == dict.fromkeys(found["metrics"])
-    diverged = cell_of(found, "optimizer.dense.lr=1e+30")
+    diverged = cell_of(found, BAD[1])
     assert diverged["trouble"].startswith("diverged in 2 of 2 seeds: the loss is")
     good = cell_of(found, "power")
     assert (good["trouble"], good["seeds_done"]) == (None, [1, 2])

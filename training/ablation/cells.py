@@ -16,6 +16,7 @@ from features.validation import validate
 from training.config import Config
 
 AS_CONFIGURED = "config"
+FACTOR = 3.0  # between learning rates
 T = TypeVar("T", int, float)
 _NORM = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<parameters>[^()]*)\))?")
 _OUTSIDE_BRACKETS = r"(?![^()]*\))"
@@ -166,5 +167,14 @@ def with_rate(config: Config, rate: float, seed: int) -> Config:
 
 def rates(config: Config, trials: int) -> Sequence[float]:
     """Learning rates to try: the configured one times powers of 3 around 1."""
-    middle = (trials - 1) / 2
-    return [float(f"{config.optimizer.dense.lr * 3.0 ** (trial - middle):.3g}") for trial in range(trials)]
+    lowest = -(trials - 1) / 2
+    return [_rounded(config.optimizer.dense.lr * FACTOR ** (lowest + trial)) for trial in range(trials)]
+
+
+def next_rate(rate: float, *, up: bool) -> float:
+    """The learning rate a step above or below."""
+    return _rounded(rate * FACTOR if up else rate / FACTOR)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")

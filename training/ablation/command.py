@@ -78,7 +78,8 @@ def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
     try:
         with _progress(console) as move:
             outcomes = run_study(study, move, finished)
-            measured = measure(study.cells, study.baseline, dataset, lambda turn, turns: move("timing", turn, turns))
+            able = [outcome.cell for outcome in outcomes if outcome.done]
+            measured = measure(able, study.baseline, dataset, lambda turn, turns: move("timing", turn, turns))
             move("comparing", 0, 1)
             found = answer(study, outcomes, statistics(study, outcomes, dataset), measured, dataset, _device())
         found |= {"command": options.command, "seconds": time.perf_counter() - started}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from features.files import file_written_whole
-from training.ablation.tables import mean_of, p_value, ratio, with_margin
+from training.ablation.tables import FAMILIES, mean_of, p_value, ratio, with_margin
 from training.ablation.verdict import cautions, verdict
 from training.report import number
 
@@ -23,14 +23,6 @@ step of the network, and the forward pass over 500 rows once folded.
 <!-- commentary -->
 <!-- end of commentary -->
 """
-_FAMILIES = {
-    "normalization": "Normalizations (LN_EMB/LN_HID; one name stands for both)",
-    "placement": "Placements, in a residual_serial network",
-    "without": "Without a part",
-    "model.blocks": "Number of blocks",
-    "model.embedding_dim": "Embedding width",
-    "model.reduction_ratio": "Reduction ratio",
-}
 
 
 def update_document(path: Path, found: dict[str, Any]) -> None:
@@ -55,7 +47,7 @@ def _section(found: dict[str, Any]) -> str:
     families = dict.fromkeys(cell["family"] for cell in found["cells"])
     for family in families:
         cells = [cell for cell in found["cells"] if cell["family"] == family or cell["cell"] == found["baseline"]]
-        parts += [f"### {_FAMILIES.get(family, family)}", _table(cells)]
+        parts += [f"### {FAMILIES.get(family, family)}", _table(cells)]
     parts += ["### Blocks, mean over seeds", _diagnostics(found["cells"])]
     curves = [cell for cell in found["cells"] if cell["landscape"] is not None]
     if curves:

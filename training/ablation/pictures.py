@@ -13,7 +13,7 @@ from training.pictures import svg
 
 Families = Mapping[str, Sequence[dict[str, Any]]]  # cells of an answer by the family's title
 
-MARKS = {"better": ("^", "#0b6e99"), "worse": ("v", "#b3470a"), "not told apart": ("o", "#59636e")}
+_MARKS = {"better": ("^", "#0b6e99"), "worse": ("v", "#b3470a"), "not told apart": ("o", "#59636e")}
 _BAND, _HEADING = "#dceaf1", "#f0f2f4"
 _INK, _DIM = "#1f2328", "#59636e"
 _SIZE = 8.5  # points of text: more on a screen, which shows the 4.6 inches of a picture at 358 pixels or more
@@ -22,19 +22,18 @@ _NAME = 22  # characters in a line of a name
 _CLIPPED = 4.0  # times the median reach of the cells: what is farther out becomes an arrow and a number
 
 
-def forest_picture(families: Families, metric: str, label: str, detectable: float | None) -> str:
+def forest_picture(families: Families, metric: str, label: str, detectable: float) -> str:
     """Differences to the baseline with their 95 % intervals; ± detectable is shaded, and 0 is the baseline."""
     found = [cell["differences"][metric] for cells in families.values() for cell in cells]
     reaches = [max(abs(value["low"]), abs(value["high"])) for value in found if value is not None]
-    band = detectable or 0.0
-    limit = max(1.15 * band, _reach(reaches))
+    limit = max(1.15 * detectable, _reach(reaches))
     with _rows(families, label) as (figure, axes, places):
         axes.set_xlim(-limit, limit)
-        axes.axvspan(-band, band, color=_BAND, linewidth=0, zorder=-1)
+        axes.axvspan(-detectable, detectable, color=_BAND, linewidth=0, zorder=-1)
         axes.axvline(0, color=_INK, linewidth=0.9)
         for y, cell in places:
             if cell["differences"][metric] is None:
-                reason = "no finished seed" if not cell["seeds_done"] else "not defined"
+                reason = "no finished seed" if not cell["seeds_done"] else "not comparable"
                 _note(axes, y, -limit, -1, reason, _DIM)
             else:
                 _interval(axes, y, cell["differences"][metric], limit)
@@ -51,7 +50,7 @@ def seeds_picture(families: Families, metric: str, label: str, baseline: float) 
         for y, cell in places:
             seeds = values[cell["cell"]]
             inside = [value for value in seeds if abs(value - baseline) <= limit]
-            axes.plot(inside, [y] * len(inside), "o", markersize=4.5, color=MARKS["better"][1], alpha=0.55)
+            axes.plot(inside, [y] * len(inside), "o", markersize=4.5, color=_MARKS["better"][1], alpha=0.55)
             if seeds and abs(fmean(seeds) - baseline) <= limit:
                 axes.plot(fmean(seeds), y, "|", markersize=10, color=_INK, markeredgewidth=1.6)
             for side in (-1, 1):
@@ -109,7 +108,7 @@ def _rows(families: Families, label: str) -> Iterator[tuple[Figure, Axes, list[t
 
 
 def _interval(axes: Axes, y: float, difference: dict[str, Any], limit: float) -> None:
-    marker, colour = MARKS[difference["verdict"]]
+    marker, colour = _MARKS[difference["verdict"]]
     low, mean, high = (difference[key] for key in ("low", "mean", "high"))
     if abs(mean) > limit:
         side = 1 if mean > 0 else -1

@@ -15,8 +15,8 @@ from training.ablation.landscape import Surface
 from training.ablation.measure import TURNS
 from training.ablation.pictures import by_seed, forest_picture, seeds_picture
 from training.ablation.pictures_landscape import landscape_picture
-from training.ablation.study import TUNING_SEED
-from training.ablation.tables import mean_of, p_value, with_margin
+from training.ablation.study import MOST_BEYOND, TUNING_SEED
+from training.ablation.tables import FAMILIES, mean_of, p_value, with_margin
 from training.ablation.verdict import cautions, detectable, verdict
 from training.report import number
 
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 Cell = dict[str, Any]
 
 _COMPARED = {"auc": ("AUC", -1), "logloss": ("log loss", 1)}  # and the sign that sorts better cells first
-_FAMILIES = {
-    "normalization": "Normalizations",
-    "placement": "Placements in residual blocks",
-    "without": "Without a part",
-    "model.blocks": "Number of blocks",
-    "model.embedding_dim": "Embedding width",
-    "model.reduction_ratio": "Reduction ratio",
-}
 _CURVATURE = {
     "largest": "Largest eigenvalue",
     "trace": "Trace",
@@ -43,7 +35,7 @@ _CURVATURE = {
 
 
 @dataclass(frozen=True)
-class _Fact:
+class Fact:
     """What a diagnostic is called and says, and whether its shades go by magnitude."""
 
     key: str
@@ -52,38 +44,38 @@ class _Fact:
     magnitudes: bool = False
 
 
-_FACTS = (
-    _Fact(
+FACTS = (
+    Fact(
         "output_variance",
         "Output variance",
         "Over rows and channels. What a norm holds steady may shrink or grow without it.",
         magnitudes=True,
     ),
-    _Fact("dead", "Dead channels", "Share of channels that are the same for all rows and so say nothing."),
-    _Fact(
+    Fact("dead", "Dead channels", "Share of channels that are the same for all rows and so say nothing."),
+    Fact(
         "gradient_norm",
         "Gradient norm",
         "Of the loss by the block's weights, after training. Blocks of very unlike norms learn at unlike speeds.",
         magnitudes=True,
     ),
-    _Fact(
+    Fact(
         "saturation",
         "Saturated tanh",
         "Share of a tanh norm's arguments beyond ±2, where under 7 % of the slope is left.",
     ),
-    _Fact("gate_mean", "Mean gate", "Of the instance-guided mask: what it multiplies by on average."),
-    _Fact(
+    Fact("gate_mean", "Mean gate", "Of the instance-guided mask: what it multiplies by on average."),
+    Fact(
         "gate_deviation",
         "Gate between rows",
         "Standard deviation of a gate over rows, mean over gates. At 0 the mask guides by no instance.",
     ),
-    _Fact("gate_negative", "Negative gates", "Share of gates below 0, which turn the sign of what they mask."),
-    _Fact(
+    Fact("gate_negative", "Negative gates", "Share of gates below 0, which turn the sign of what they mask."),
+    Fact(
         "angle",
         "Angle to the block before",
         "Between the two outputs of a row, over π: 0 is the same direction, 0.5 a right angle.",
     ),
-    _Fact(
+    Fact(
         "auc_drop",
         "AUC lost without the block",
         "It then gives 0 (parallel) or its input (serial). Below 0, the network is better without it.",
@@ -97,8 +89,9 @@ def render(found: Answer) -> str:
         loader=jinja2.PackageLoader("training"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": number, "margin": with_margin, "p": p_value, "mean": mean_of, "short": short}
-    environment.globals |= {"shade": shade, "words": words, "by_seed": by_seed}
+    environment.globals |= {"shade": shade, "words": words, "told": told, "by_seed": by_seed}
     base = next(cell for cell in found["cells"] if cell["cell"] == found["baseline"])
+    landscapes = {cell["cell"]: cell["landscape"] for cell in found["cells"] if cell["landscape"]}
     return environment.get_template("ablation.html").render(
         found=found,
         base=base,
@@ -108,12 +101,17 @@ def render(found: Answer) -> str:
         forests={_COMPARED[metric][0]: _forest(found, metric) for metric in _COMPARED},
         seeds=_seeds(found, base),
         rates=sorted({float(rate) for cell in found["cells"] for rate in cell["tried"]}),
-        facts=[(fact, cells) for fact in _FACTS if (cells := _with_fact(found, fact))],
-        landscapes=(landscapes := {cell["cell"]: cell["landscape"] for cell in found["cells"] if cell["landscape"]}),
+        facts=[(fact, cells) for fact in FACTS if (cells := _with_fact(found, fact))],
+        landscapes=landscapes,
         surfaces=_surfaces(landscapes) if landscapes else None,
         curvature=_CURVATURE,
         configuration=yaml.safe_dump(found["config"], sort_keys=False),
-        constants={"tuning_seed": TUNING_SEED, "turns": TURNS, "diagnosed_rows": DIAGNOSED_ROWS},
+        constants={
+            "tuning_seed": TUNING_SEED,
+            "most_beyond": MOST_BEYOND,
+            "turns": TURNS,
+            "diagnosed_rows": DIAGNOSED_ROWS,
+        },
     )
 
 
@@ -122,7 +120,7 @@ def short(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 
-def shade(value: float, cells: list[Cell], fact: _Fact) -> float:
+def shade(value: float, cells: list[Cell], fact: Fact) -> float:
     """How strongly to shade a diagnostic, 0 to 0.5, by its size or magnitude among all blocks of all cells."""
     sizes = [abs(block[fact.key]) for cell in cells for block in cell["blocks"] if block[fact.key]]
     if not sizes or value == 0:
@@ -145,21 +143,22 @@ def _families(found: Answer, metric: str) -> dict[str, list[Cell]]:
 
     families: dict[str, list[Cell]] = {}
     for cell in found["cells"]:
-        families.setdefault(_FAMILIES.get(cell["family"], cell["family"]), []).append(cell)
+        families.setdefault(FAMILIES.get(cell["family"], cell["family"]), []).append(cell)
     return {title: sorted(cells, key=place) for title, cells in families.items()}
 
 
 def _forest(found: Answer, metric: str) -> str | None:
     """The picture of differences in a metric, if there are any."""
-    title, _ = _COMPARED[metric]
-    if detectable(found, metric) is None:
+    smallest = detectable(found, metric)
+    if smallest is None:
         return None
-    others = {
-        family: [cell for cell in cells if cell["cell"] != found["baseline"]]
-        for family, cells in _families(found, metric).items()
+    families = {
+        title: others
+        for title, cells in _families(found, metric).items()
+        if (others := [cell for cell in cells if cell["cell"] != found["baseline"]])
     }
-    label = f"Difference in {title} to {found['baseline']}"
-    return forest_picture({k: cells for k, cells in others.items() if cells}, metric, label, detectable(found, metric))
+    label = f"Difference in {_COMPARED[metric][0]} to {found['baseline']}"
+    return forest_picture(families, metric, label, smallest)
 
 
 def _seeds(found: Answer, base: Cell) -> str | None:
@@ -177,20 +176,24 @@ def _surfaces(landscapes: dict[str, Any]) -> str:
     )
 
 
-def _with_fact(found: Answer, fact: _Fact) -> list[Cell]:
+def _with_fact(found: Answer, fact: Fact) -> list[Cell]:
     """The cells that have a diagnostic in any block."""
     return [cell for cell in found["cells"] if any(block[fact.key] is not None for block in cell["blocks"])]
 
 
+def told(cell: Cell) -> dict[str, str]:
+    """The verdict of each metric that tells a cell apart from the baseline."""
+    return {title: verdict for title, verdict in _verdicts(cell).items() if verdict in ("better", "worse")}
+
+
 def words(cell: Cell) -> str:
-    """What both metrics say of a cell, in the table's last column."""
-    told = {
-        title: cell["differences"][metric]["verdict"]
-        for metric, (title, _) in _COMPARED.items()
-        if cell["differences"][metric] is not None
-    }
-    if not told:
-        return "not compared"
-    if len(set(told.values())) == 1:
-        return next(iter(told.values()))
-    return ", ".join(f"{title} {word}" for title, word in told.items())
+    """What the metrics say of a cell, in the table's last column."""
+    verdicts = _verdicts(cell)
+    if len(set(verdicts.values())) > 1:
+        return ", ".join(f"{title} {verdict}" for title, verdict in verdicts.items())
+    return next(iter(verdicts.values()), "not compared")
+
+
+def _verdicts(cell: Cell) -> dict[str, str]:
+    differences = {title: cell["differences"][metric] for metric, (title, _) in _COMPARED.items()}
+    return {title: difference["verdict"] for title, difference in differences.items() if difference is not None}

@@ -9,7 +9,6 @@ OUT/
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from features.dataset import LABEL, PreparedDataset, groups_of
 from features.errors import InputError
 from features.files import canonical_json, file_written_whole, read_json, write_json
 from features.metrics import auc_standard_error
-from training.ablation.cells import Cell, rates, with_rate
+from training.ablation.cells import Cell, next_rate, rates, with_rate
 from training.ablation.jobs import DONE, Job, run_jobs
 from training.ablation.statistics import CellStatistics, clusters_of, compare
 from training.errors import Failure
 
 TUNING_SEED = 0  # not one of the seeds that are compared
+MOST_BEYOND = 2  # further learning rates tried while the best is the lowest or the highest
 FORMAT = 1
 
 Result = dict[str, Any]
@@ -63,6 +63,13 @@ class Outcome:
     def done(self) -> dict[int, Result]:
         """The results of the seeds that came to an end."""
         return {seed: run for seed, run in sorted(self.runs.items()) if run["status"] == DONE}
+
+    @property
+    def beyond(self) -> float | None:
+        """The next rate to try, a factor of 3 further out, while the best one is at an end of those tried."""
+        if len(self.tried) < 2 or self.rate not in (min(self.tried), max(self.tried)):
+            return None
+        return next_rate(self.rate, up=self.rate == max(self.tried))
 
     @property
     def trouble(self) -> str | None:
@@ -113,22 +120,30 @@ def _search(study: Study, progress: Progress) -> list[Outcome]:
         return [Outcome(cell, cell.config.optimizer.dense.lr) for cell in study.cells]
     outcomes = {cell.name: Outcome(cell, cell.config.optimizer.dense.lr) for cell in study.cells}
     jobs = [_tuning_job(study, cell, rate) for cell in study.cells for rate in rates(cell.config, study.trials)]
-    count = 0
+    for _ in range(1 + MOST_BEYOND):
+        _try_rates(study, jobs, outcomes, progress)
+        beyond = {outcome.cell.name: outcome.beyond for outcome in outcomes.values()}
+        jobs = [_tuning_job(study, outcomes[name].cell, rate) for name, rate in beyond.items() if rate is not None]
+        if not jobs:
+            break
+    return list(outcomes.values())
+
+
+def _try_rates(study: Study, jobs: list[Job], outcomes: dict[str, Outcome], progress: Progress) -> None:
+    tried = sum(len(outcome.tried) for outcome in outcomes.values())
+    total = tried + len(jobs)
 
     def done(job: Job, result: Result) -> None:
-        nonlocal count
-        count += 1
         loss = result["valid_logloss"] if result["status"] == DONE else None
         outcomes[job.cell].tried[job.config.optimizer.dense.lr] = loss
-        progress("learning rates", count, len(jobs))
+        progress("learning rates", sum(len(outcome.tried) for outcome in outcomes.values()), total)
 
-    progress("learning rates", 0, len(jobs))
+    progress("learning rates", tried, total)
     run_jobs(jobs, study.jobs, done)
     for outcome in outcomes.values():
         losses = {rate: loss for rate, loss in sorted(outcome.tried.items()) if loss is not None}
         if losses:
             outcome.rate = min(losses, key=lambda rate: losses[rate])
-    return list(outcomes.values())
 
 
 def _tuning_job(study: Study, cell: Cell, rate: float) -> Job:
@@ -212,6 +227,6 @@ def facts_of_data(dataset: PreparedDataset) -> dict[str, Any]:
         "test_clicks": clicks,
         "group": dataset.schema.group,
         "groups": None if group_N is None else len(set(group_N.tolist())),
-        "auc_error": auc_standard_error(0.7, clicks, len(label_N) - clicks) if 0 < clicks < len(label_N) else math.nan,
+        "auc_error": auc_standard_error(0.7, clicks, len(label_N) - clicks) if 0 < clicks < len(label_N) else None,
         "best_possible": profile.get("best_possible"),
     }

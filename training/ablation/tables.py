@@ -1,4 +1,4 @@
-"""An ablation's answer as a table for a terminal."""
+"""An ablation's answer as tables for a terminal, and the forms that its numbers have everywhere."""
 
 from typing import Any
 
@@ -6,32 +6,53 @@ from rich.table import Table
 
 from training.report import number
 
+FAMILIES = {
+    "normalization": "Normalizations",
+    "placement": "Placements in a residual serial network",
+    "without": "Without a part",
+    "model.blocks": "Number of blocks",
+    "model.embedding_dim": "Embedding width",
+    "model.reduction_ratio": "Reduction ratio",
+}
 
-def cells_table(found: dict[str, Any]) -> Table:
-    """A row per cell: metrics with half their 95 % intervals, and differences to the baseline that tests have looked
-    at."""
-    data = found["data"]
-    title = f"{found['study']}: {data['test_rows']:,} test rows, {found['seeds']} seeds, against {found['baseline']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("cell")
-    for name in ("AUC ±95 %", "log loss ±95 %", "NE", "ECE", "Δ AUC", "p", "Δ log loss", "p", "step ×", "serve ×"):
-        table.add_column(name, justify="right")
+
+def metrics_table(found: dict[str, Any]) -> Table:
+    """A row per cell: metrics with half their 95 % intervals."""
+    title = f"{found['study']}: {found['data']['test_rows']:,} test rows, {found['seeds']} seeds, ± of 95 % intervals"
+    table = _table(title, ("AUC", "log loss", "NE", "ECE"))
     for cell in found["cells"]:
         if not cell["seeds_done"]:
-            table.add_row(cell["cell"], str(cell["trouble"]), *[""] * 9)
+            table.add_row(cell["cell"], cell["trouble"].partition(":")[0])
             continue
-        metrics, differences = cell["metrics"], cell["differences"]
+        metrics = cell["metrics"]
         row = [with_margin(metrics["auc"]), with_margin(metrics["logloss"])]
-        row += [number(mean_of(metrics[name])) for name in ("ne", "ece")]
-        for name in ("auc", "logloss"):
-            row += [signed(differences[name]), p_value(differences[name])]
-        row += [ratio(cell["step"]), ratio(cell["forward"])]
-        name = cell["cell"] + ("" if cell["trouble"] is None else " (!)")
-        table.add_row(name, *row)
-    for cell in found["cells"]:
-        if cell["trouble"] is not None and cell["seeds_done"]:
-            table.caption = f"{table.caption or ''}(!) {cell['cell']}: {cell['trouble']}\n"
+        table.add_row(cell["cell"], *row, *(number(mean_of(metrics[name])) for name in ("ne", "ece")))
+    troubles = [f"{cell['cell']}: {cell['trouble']}" for cell in found["cells"] if cell["trouble"] is not None]
+    table.caption = "\n".join(troubles) or None
     return table
+
+
+def differences_table(found: dict[str, Any]) -> Table:
+    """A row per cell: differences to the baseline with corrected p, and times over the baseline's."""
+    title = f"against {found['baseline']}: * told apart (p corrected); times of a training step and of serving"
+    table = _table(title, ("Δ AUC", "p", "Δ log loss", "p", "step", "serve"))
+    for cell in found["cells"]:
+        if cell["seeds_done"]:
+            row = [text for name in ("auc", "logloss") for text in _tested(cell["differences"][name])]
+            table.add_row(cell["cell"], *row, ratio(cell["step"]), ratio(cell["forward"]))
+    return table
+
+
+def _table(title: str, heads: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("cell", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def _tested(difference: dict[str, Any] | None) -> tuple[str, str]:
+    return signed(difference), p_value(difference)
 
 
 def mean_of(estimate: dict[str, Any] | None) -> float | None:
