@@ -8,7 +8,7 @@ from training.report import number
 
 FAMILIES = {
     "normalization": "Normalizations",
-    "placement": "Placements in a residual serial network",
+    "placement": "Placements in residual blocks",
     "without": "Without a part",
     "model.blocks": "Number of blocks",
     "model.embedding_dim": "Embedding width",
