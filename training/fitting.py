@@ -46,6 +46,10 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
         if config.train.train_only_affine:
             raise InputError("train.train_only_affine trains next to nothing of a fresh model: give one with --from")
         return
+    if start.remove_norms and config.optimizer.dense.normalize_and_project:
+        raise InputError(
+            "--remove-norms ends the scale invariance that optimizer.dense.normalize_and_project relies on"
+        )
     name = f"model {start.bundle.name}"
     if dataset.pipeline.digest != start.bundle.pipeline.digest:
         raise InputError(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from features.errors import InputError
 from features.metrics import score_metrics
 from training.ablation.cells import Grid
 from training.ablation.command import AblateOptions, run_ablate
+from training.ablation.document import update_document
 from training.ablation.jobs import DIVERGED, DONE, FAILED, Job, run_jobs
 from training.config import Config
 
@@ -123,7 +125,7 @@ def test_a_restart_runs_only_what_is_missing(
     monkeypatch.chdir(out.parent)
     files = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     [missing] = (out / "runs" / "layer").glob("seed-2-*.json")
-    before = json.loads(missing.read_text())
+    before = np.load(missing.with_suffix(".npy"))
     missing.unlink()
     again, _ = run_ablate(options(data, out, landscape=("power",)), QUIET)
     run_again = {path for path, written in files.items() if path.stat().st_mtime_ns != written}
@@ -131,8 +133,12 @@ def test_a_restart_runs_only_what_is_missing(
     assert {path.parent.name for path in run_again} == {"layer", "model.reduction_ratio=0.0001"}
     assert missing in run_again
     # the same seed on the same number of threads: the same bits
-    assert json.loads(missing.read_text())["test"] == before["test"]
-    assert cell_of(again, "layer")["metrics"] == cell_of(found, "layer")["metrics"]
+    assert np.array_equal(np.load(missing.with_suffix(".npy")), before)
+    logloss = cell_of(again, "layer")["metrics"]["logloss"]["by_seed"]
+    assert {str(seed): value for seed, value in logloss.items()} == pytest.approx(
+        cell_of(found, "layer")["metrics"]["logloss"]["by_seed"],
+        rel=1e-12,  # threads may add up in another order
+    )
     client = mlflow.MlflowClient()
     run_id = json.loads((out / "study.json").read_text())["run_id"]
     experiment = client.get_run(run_id).info.experiment_id
@@ -197,8 +203,12 @@ def test_the_search_takes_the_rate_of_the_best_validation_loss(
     found, out = run_ablate(options(data, tmp_path / "out", tune_lr=3, **only), QUIET)
     cell = cell_of(found, "layer")
     tried = {float(rate): loss for rate, loss in cell["tried"].items()}
-    assert sorted(tried) == [1e-4, 3e-4, 9e-4]
     assert cell["lr"] == min(tried, key=lambda rate: tried[rate])
+    expected = [1e-4, 3e-4, 9e-4]
+    for below, above in [(3.33e-5, 2.7e-3), (1.11e-5, 8.1e-3)]:  # two more at most, while the best is at an end
+        best = min(expected, key=lambda rate: tried[rate])
+        expected += [below] if best == min(expected) else [above] if best == max(expected) else []
+    assert sorted(tried) == sorted(expected)
     for path in (out / "runs" / "layer").glob("rate-*.json"):
         result = json.loads(path.read_text())
         assert (result["seed"], result["valid_logloss"]) == (0, tried[result["lr"]])
@@ -229,3 +239,18 @@ def test_the_command_line(config: Config, data: Path, tmp_path: Path) -> None:
 
 def test_statuses_are_what_results_say() -> None:
     assert (DONE, DIVERGED, FAILED) == ("done", "diverged", "failed")
+
+
+def test_the_document_keeps_other_studies_and_the_commentary(found: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "ABLATION.md"
+    update_document(path, found)
+    begin = "<!-- commentary -->\n"
+    path.write_text(path.read_text().replace(begin, begin + "Written by hand.\n"))
+    update_document(path, {**found, "study": "other"})
+    update_document(path, {**found, "seconds": 7200.0})
+    text = path.read_text()
+    assert text.count("Written by hand.") == 1
+    assert re.findall("^## (.*)$", text, re.M) == ["What the numbers do and do not say", "small", "other"]
+    small, other = text.split("## small")[1].split("## other")
+    assert "; 120 minutes in the last call" in small
+    assert "; 120 minutes" not in other
