@@ -1,22 +1,25 @@
-"""ABLATION.md: a section for each study, written anew by the command that ran it; the commentary is a person's and
-stays."""
+"""ABLATION.md: a section and pictures for each study, made by its command; the commentary is a person's and stays."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from features.files import file_written_whole
+from training.ablation.report import forest, surfaces
 from training.ablation.tables import FAMILIES, mean_of, p_value, ratio, with_margin
 from training.ablation.verdict import cautions, verdict
 from training.report import number
 
+PICTURES = "pictures"  # folder beside the document
+
 _HEAD = """# Ablation: what normalization does to MaskNet
- Made by `masknet ablate … --document` (the command stands above each table); of this file only the commentary is
-written by hand. Every cell is trained with the same seeds, data order and budget, at the learning rate that did best
-for it on the validation split with a seed of its own, and stops early by validation log loss. ± is half of a 95 %
-interval over seeds and test rows together. Δ is the paired difference to the baseline; p is corrected for all cells of
-the table (Holm), and * marks p < .05. "Step" and "serve" are times over the baseline's, measured in turns: a training
-step of the network, and the forward pass over 500 rows once folded.
+
+Made by `masknet ablate … --document` (the command stands above each table); of this file only the commentary is written
+by hand. Every cell is trained with the same seeds, data order and budget, at the learning rate that did best for it on
+the validation split with a seed of its own, and stops early by validation log loss. ± is half of a 95 % interval over
+seeds and test rows together. Δ is the paired difference to the baseline; p is corrected for all cells of the study
+(Holm), and * marks p < .05. "Step" and "serve" are times over the baseline's, measured in turns: a training step of the
+network, and the forward pass over 500 rows once folded. A name stands for both slots, a pair for LN_EMB/LN_HID.
 
 ## What the numbers do and do not say
 
@@ -32,7 +35,7 @@ def update_document(path: Path, found: dict[str, Any]) -> None:
     head = text[text.index("<!-- commentary -->") :] if "<!-- commentary -->" in text else ""
     text = _HEAD[: _HEAD.index("<!-- commentary -->")] + head if head else _HEAD + text
     begin, end = f"<!-- study {found['study']} -->", f"<!-- end of study {found['study']} -->"
-    section = f"{begin}\n{_section(found)}\n{end}"
+    section = f"{begin}\n{_section(found, path.parent / PICTURES)}\n{end}"
     pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.S)
     if not pattern.search(text):
         text = f"{text.rstrip()}\n\n{begin}{end}\n"
@@ -41,18 +44,32 @@ def update_document(path: Path, found: dict[str, Any]) -> None:
         aside.write_text(text)
 
 
-def _section(found: dict[str, Any]) -> str:
+def _section(found: dict[str, Any], pictures: Path) -> str:
     parts = [f"## {found['study']}", _facts(found), f"```sh\n{found['command']}\n```"]
     parts += [" ".join([*verdict(found), *cautions(found)])]
     families = dict.fromkeys(cell["family"] for cell in found["cells"])
     for family in families:
         cells = [cell for cell in found["cells"] if cell["family"] == family or cell["cell"] == found["baseline"]]
         parts += [f"### {FAMILIES.get(family, family)}", _table(cells)]
+    for metric, title in (("auc", "AUC"), ("logloss", "log loss")):
+        picture = forest(found, metric)
+        if picture is not None:
+            alt = f"Differences in {title} to {found['baseline']} with 95 % intervals, as in the tables"
+            parts.append(_picture(pictures / f"{found['study']}-{metric}.svg", picture, alt))
     parts += ["### Blocks, mean over seeds", _diagnostics(found["cells"])]
     curves = [cell for cell in found["cells"] if cell["landscape"] is not None]
     if curves:
         parts += ["### Curvature at the trained weights (seed 1)", _curvature(curves)]
+        picture = surfaces({cell["cell"]: cell["landscape"] for cell in curves})
+        alt = "The loss on a plane through the trained weights, a step of 1 being as long as they are"
+        parts.append(_picture(pictures / f"{found['study']}-landscape.svg", picture, alt))
     return "\n\n".join(parts)
+
+
+def _picture(path: Path, svg: str, alt: str) -> str:
+    with file_written_whole(path) as aside:
+        aside.write_text(svg)
+    return f"![{alt}]({PICTURES}/{path.name})"
 
 
 def _facts(found: dict[str, Any]) -> str:

@@ -98,12 +98,12 @@ def render(found: Answer) -> str:
         verdict=verdict(found),
         cautions=cautions(found),
         families=_families(found, "auc"),
-        forests={_COMPARED[metric][0]: _forest(found, metric) for metric in _COMPARED},
+        forests={_COMPARED[metric][0]: forest(found, metric) for metric in _COMPARED},
         seeds=_seeds(found, base),
         rates=sorted({float(rate) for cell in found["cells"] for rate in cell["tried"]}),
         facts=[(fact, cells) for fact in FACTS if (cells := _with_fact(found, fact))],
         landscapes=landscapes,
-        surfaces=_surfaces(landscapes) if landscapes else None,
+        surfaces=surfaces(landscapes) if landscapes else None,
         curvature=_CURVATURE,
         configuration=yaml.safe_dump(found["config"], sort_keys=False),
         constants={
@@ -147,7 +147,7 @@ def _families(found: Answer, metric: str) -> dict[str, list[Cell]]:
     return {title: sorted(cells, key=place) for title, cells in families.items()}
 
 
-def _forest(found: Answer, metric: str) -> str | None:
+def forest(found: Answer, metric: str) -> str | None:
     """The picture of differences in a metric, if there are any."""
     smallest = detectable(found, metric)
     if smallest is None:
@@ -167,7 +167,8 @@ def _seeds(found: Answer, base: Cell) -> str | None:
     return None if mean is None else seeds_picture(_families(found, "auc"), "auc", "AUC on the test rows", mean)
 
 
-def _surfaces(landscapes: dict[str, Any]) -> str:
+def surfaces(landscapes: dict[str, Any]) -> str:
+    """The picture of the loss around several cells' weights."""
     return landscape_picture(
         {
             name: Surface(np.array(found["axis"], dtype=np.float64), np.array(found["loss"], dtype=np.float64))
