@@ -15,7 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from masknet.activations import ACTIVATIONS
 from masknet.norms import NORMS, REFUSED
 
 EPS = 1.0e-5
@@ -132,12 +131,6 @@ class MaskNetConfig(BaseModel):
         default=True, description="false for the ablation without W, LN_HID and activation: blocks that only mask"
     )
 
-    @field_validator("activation")
-    @classmethod
-    def _is_there(cls, activation: str) -> str:
-        assert activation in ACTIVATIONS
-        return activation
-
     @model_validator(mode="before")
     @classmethod
     def _residual_is_pre(cls, data: Any) -> Any:
@@ -187,8 +180,8 @@ def _residual_rules(config: MaskNetConfig) -> list[tuple[bool, str]]:
             ),
             (
                 scaling == "layernorm_scaling",
-                "depth_scaling layernorm_scaling does nothing without a residual: the next norm undoes a constant "
-                "factor, LN(W (m ⊙ c H)) = LN(W (m ⊙ H)); use kind residual_serial",
+                "depth_scaling layernorm_scaling does nothing without a residual: the next layer norm undoes a "
+                "constant factor, LN(W (m ⊙ c H)) = LN(W (m ⊙ H)); use kind residual_serial",
             ),
             (
                 scaling == "residual",

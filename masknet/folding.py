@@ -40,10 +40,9 @@ def as_module(affine: Affine, norm: Norm) -> AffineOnly:
 
 @torch.no_grad()
 def _fold_block(block: MaskBlock) -> None:
-    affine, linear = block.norm.fold(), block.linear
+    linear = block.linear
     weight = linear.standardized() if isinstance(linear, StandardizedLinear) else linear.weight
-    if affine is None or isinstance(block.norm, NoNorm):
-        affine = None
+    affine = None if isinstance(block.norm, NoNorm) else block.norm.fold()
     static = nn.Linear(linear.in_features, linear.out_features, bias=affine is not None).to(weight)
     static.weight.copy_(weight if affine is None else affine.scale.unsqueeze(1) * weight)
     if affine is not None:

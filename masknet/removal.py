@@ -14,9 +14,7 @@ from masknet.folding import as_module
 from masknet.networks import ParallelMaskNet, PartialNorm, SerialMaskNet
 from masknet.norms.affine import AffineOnly
 from masknet.norms.base import Affine, Norm
-from masknet.norms.batch import PRepBatchNorm
 from masknet.norms.layer import LayerNorm
-from masknet.norms.none import NoNorm
 from masknet.norms.rms import RMSNorm
 from masknet.norms.running import mean_over_rows
 
@@ -46,6 +44,11 @@ class FreezingNorm(Norm):
         """Freeze when its time has come; not before a step has told what to freeze at."""
         self.frozen.logical_or_(self.seen & (done >= self.freeze_at))
 
+    @property
+    def settled_from(self) -> float:
+        """It is frozen from there on."""
+        return self.freeze_at
+
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """x over its own deviation, or over the frozen one."""
         if self.centred:
@@ -70,8 +73,11 @@ class FreezingNorm(Norm):
 
 
 def begin_removal(network: Network, config: MaskNetConfig) -> None:
-    """Put freezing norms in the places of `network`'s layer and RMS norms; ValueError where some norm cannot be
-    removed."""
+    """Put freezing norms in the places of `network`'s layer and RMS norms.
+
+    Raises:
+        ValueError: a norm cannot be removed; the message names the slot.
+    """
     if config.kind == "residual_serial":
         raise ValueError(
             "norms are removed from serial and parallel networks; a residual branch's have no W before them"
@@ -90,12 +96,6 @@ def begin_removal(network: Network, config: MaskNetConfig) -> None:
     for index, (owner, name) in enumerate(freezing):
         freeze_at = FIRST + (LAST - FIRST) * index / max(1, len(freezing) - 1)
         setattr(owner, name, FreezingNorm(getattr(owner, name), freeze_at))
-
-
-def removed_from(network: Network) -> float:
-    """The share of training from which `finish_removal` can fold every norm of a network that removal was begun for."""
-    blending = [norm for norm in network.modules() if isinstance(norm, PRepBatchNorm) and bool(norm.blend)]
-    return max([LAST, *(norm.until for norm in blending)])
 
 
 def finish_removal(network: Network, config: MaskNetConfig) -> MaskNetConfig:
@@ -148,8 +148,3 @@ def _remaining(norm: Norm) -> Affine:
     if affine is None:
         raise ValueError(f"{type(norm).__name__} is no affine yet: it has not come to the end of its schedule")
     return affine
-
-
-def has_norms(network: Network) -> bool:
-    """Whether anything but affines and nothing is left in the norms' places."""
-    return any(isinstance(m, Norm) and not isinstance(m, AffineOnly | NoNorm | PartialNorm) for m in network.modules())

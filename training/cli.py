@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -278,7 +279,12 @@ def ablate(
         document=document,
         command=shlex.join(["masknet", *sys.argv[1:]]),
     )
-    found, folder = run_ablate(options, console)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        found, folder = run_ablate(options, console)
+    except KeyboardInterrupt:
+        console.print("masknet: stopped; the same command goes on with what is done", style="yellow", highlight=False)
+        sys.exit(75)
     if not as_json:
         Console().print(metrics_table(found), differences_table(found))
     _answer(as_json, {"out": str(folder), "cells": found["cells"]}, f"report: {folder / 'report.html'}")

@@ -11,7 +11,7 @@ from features.validation import Frozen, load_yaml, validate
 from masknet.config import MaskNetConfig
 from masknet.norms import NORMS
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
+NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
 
 
 class DenseOptimizer(Frozen):
@@ -71,13 +71,13 @@ class TrackingConfig(Frozen):
     uri: str | None = Field(
         default=None, description="MLflow's address; by default MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db"
     )
-    registered_model: str = Field(pattern=_NAME, description="name in the model registry")
+    registered_model: str = Field(pattern=NAME, description="name in the model registry")
 
 
 class Config(Frozen):
     """A whole training configuration."""
 
-    experiment: str = Field(pattern=_NAME, description="MLflow experiment, and folder under runs/")
+    experiment: str = Field(pattern=NAME, description="MLflow experiment, and folder under runs/")
     model: MaskNetConfig = MaskNetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -110,16 +110,18 @@ def load_config(path: Path, overrides: list[str]) -> Config:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--set {override!r}: the value is not YAML") from None
-        _set(data, key.split("."), value, override)
+        set_key(data, key, value, f"--set {override!r}")
     return validate(Config, data, f"config {path}")
 
 
-def _set(data: dict[str, Any], path: list[str], value: Any, override: str) -> None:
-    for part in path[:-1]:
-        data = data.setdefault(part, {})
+def set_key(data: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set a key like model.blocks in nested sections, made where they are missing; errors begin with `source`."""
+    *sections, key = path.split(".")
+    for name in sections:
+        data = data.setdefault(name, {})
         if not isinstance(data, dict):
-            raise InputError(f"--set {override!r}: {part} is a value, not a section")
-    data[path[-1]] = value
+            raise InputError(f"{source}: {name} is a value, not a section")
+    data[key] = value
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -4,16 +4,18 @@ common."""
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import nn
 
-from features.dataset import PreparedDataset
+from features.dataset import LABEL, PreparedDataset
 from features.errors import InputError
 from features.loader import BatchLoader, Share
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet, Table, initial_rows
+from masknet.networks import build_network
 from masknet.norms.base import Norm
-from masknet.removal import begin_removal, finish_removal, removed_from
+from masknet.removal import begin_removal, finish_removal
 from serving.bundle import Bundle, fields_of, tables_of
 from training.config import Config
 from training.distributed import World
@@ -38,6 +40,18 @@ class Start:
         bags = model.embeddings.embedding_bags.values()
         tables = {name: bag.weight.detach() for name, bag in zip(model.table_names, bags, strict=True)}
         return Weights(model.dense_state(), tables)
+
+
+def require_trainable(config: Config, dataset: PreparedDataset, valid: pa.Table) -> None:
+    """InputError for what would otherwise be noticed in the middle, or at the end, of training."""
+    label_N = valid[LABEL].to_numpy()
+    if config.train.early_stop.metric == "auc" and label_N.min() == label_N.max():
+        raise InputError("train.early_stop.metric auc needs both classes in the validation split, which has one only")
+    try:
+        with torch.device("meta"):
+            build_network(config.model, len(dataset.pipeline.fields))
+    except ValueError as error:
+        raise InputError(f"config: model: {error}") from None
 
 
 def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | None) -> None:
@@ -101,7 +115,6 @@ def fit_dataset(
         world,
         observer,
         valid_rate=sampling.rate if sampling else 1.0,
-        keep_from=removed_from(model.network) if start is not None and start.remove_norms else 0.0,
     )
 
 
@@ -118,6 +131,8 @@ def without_norms(config: MaskNetConfig, dataset: PreparedDataset, weights: Weig
 
 
 def _begin_removal(model: MaskNet, config: MaskNetConfig) -> None:
+    if {config.embedding_norm.name, config.hidden_norm.name} <= {"none", "affine"}:
+        raise InputError("--remove-norms: this model has no norms to remove")
     try:
         begin_removal(model.network, config)
     except ValueError as error:

@@ -12,7 +12,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from features.loader import BatchLoader
 from features.metrics import auc, logloss
-from masknet.norms import set_progress
+from masknet.norms import set_progress, settled_from
 from training.config import Config
 from training.distributed import World, concat_over_ranks, sum_over_ranks
 from training.errors import Failure
@@ -83,9 +83,10 @@ def fit(
     world: World,
     observer: Observer,
     valid_rate: float = 1.0,
-    keep_from: float = 0.0,
 ) -> FitResult:
     """Train until the epochs are over or validation stops improving; every rank must call this.
+
+    Where norms anneal or freeze, no epoch before they have settled is the best one, or the last.
 
     Args:
         dmp: a sharded `ClickTask`.
@@ -95,7 +96,6 @@ def fit(
         observer: told of every `REPORT_STEPS` steps and of every epoch.
         valid_rate: the kept share of those negatives that only the training split has lost, for which validation scores
             are corrected as the served ones are.
-        keep_from: the share of all epochs that must be done before one of them may be the best, or the last.
 
     Raises:
         Failure: the loss became NaN or infinite; names the step.
@@ -104,7 +104,7 @@ def fit(
     optimizer = build_optimizer(dmp, config.optimizer.dense, network)
     pipeline = TrainPipelineSparseDist(dmp, optimizer, world.device, execute_all_batches=True)
     best = _Best(config.train.early_stop.metric, config.train.early_stop.patience)
-    result = FitResult()
+    result, keep_from = FitResult(), settled_from(network)
     for epoch in range(config.train.epochs):
         if world.is_main:
             observer.epoch_started(epoch, len(loaders["train"]))
@@ -132,6 +132,8 @@ def fit(
         if may_end and best.is_over(epoch):
             break
         pipeline.attach()
+    if not result.weights.network:
+        raise Failure(f"no epoch had a validation {config.train.early_stop.metric} that is a number")
     return result
 
 

@@ -1,5 +1,6 @@
 """Running statistics as evaluation needs them: of a network without dropout.
- Behind a dropout of p the mean square that a running norm sees in training is 1 / (1 − p) times what it is in
+
+Behind a dropout of p the mean square that a running norm sees in training is 1 / (1 − p) times what it is in
 evaluation, where nothing is dropped and nothing scaled. The statistics are therefore taken anew before every
 validation, from training rows and with dropout off; training then goes on with its own.
 """

@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from rich.console import Console
 
 from features.dataset import LABEL, PreparedDataset, groups_of
-from features.errors import InputError
 from features.files import file_written_whole, write_json
 from features.metrics import score_metrics
-from masknet.networks import build_network
 from serving.bundle import write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
 from training.distributed import World, join_world
-from training.fitting import Start, default_out, fit_dataset, require_start_fits, without_norms
+from training.fitting import Start, default_out, fit_dataset, require_start_fits, require_trainable, without_norms
 from training.loop import FitResult, Observer
 from training.progress import Silent, TrainingObserver
 from training.tracking import Run, track
@@ -39,7 +36,7 @@ def train(config: Config, data: Path, out: Path | None, console: Console, start:
     started = time.perf_counter()
     dataset = PreparedDataset.open(data)
     splits = {name: dataset.split(name) for name in ("valid", "test")}
-    _require_trainable(config, dataset, splits)
+    require_trainable(config, dataset, splits["valid"])
     require_start_fits(config, dataset, start)
     with join_world() as world, ExitStack() as stack:
         run, observer = _reporting(config, dataset, world, console, stack)
@@ -70,18 +67,6 @@ def train(config: Config, data: Path, out: Path | None, console: Console, start:
         with file_written_whole(out / "result.json") as aside:
             write_json(aside, result)
         return result
-
-
-def _require_trainable(config: Config, dataset: PreparedDataset, splits: dict[str, pa.Table]) -> None:
-    """InputError for what would otherwise be noticed in the middle, or at the end, of training."""
-    label_N = splits["valid"][LABEL].to_numpy()
-    if config.train.early_stop.metric == "auc" and label_N.min() == label_N.max():
-        raise InputError("train.early_stop.metric auc needs both classes in the validation split, which has one only")
-    try:
-        with torch.device("meta"):
-            build_network(config.model, len(dataset.pipeline.fields))
-    except ValueError as error:
-        raise InputError(f"config: model: {error}") from None
 
 
 def _reporting(

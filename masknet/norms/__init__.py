@@ -1,5 +1,6 @@
 """Normalizations by name. Adding one is a module in this folder and a line in `NORMS`.
- Every class is built as cls(shape, eps=…, …) for inputs [B, *shape]: (F, d) for fields' embeddings, each normalized on
+
+Every class is built as cls(shape, eps=…, …) for inputs [B, *shape]: (F, d) for fields' embeddings, each normalized on
 its own with an affine of its own in one operation, (h,) for a hidden vector. Those of `running` take their statistics
 over the rows, per channel; all others over the last axis of a row.
 """
@@ -55,6 +56,11 @@ def make_norm(name: str, shape: tuple[int, ...], *, instance_width: int = 0, **p
     if norm.conditional:
         parameters["instance_width"] = instance_width
     return norm(shape, **parameters)  # type: ignore[arg-type]
+
+
+def settled_from(network: nn.Module) -> float:
+    """The share of training that must be done before all norms of `network` are what they will be."""
+    return max((module.settled_from for module in network.modules() if isinstance(module, Norm)), default=0.0)
 
 
 def set_progress(network: nn.Module, done: float) -> None:

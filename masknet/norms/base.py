@@ -14,6 +14,7 @@ from torch import nn
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Norm(nn.Module):
 
     def set_progress(self, done: float) -> None:
         """Told by the training loop before every step which share of training is done, for norms that anneal."""
+
+    @property
+    def settled_from(self) -> float:
+        """The share of training after which the norm is what it will be; 0 for norms that do not anneal."""
+        return 0.0
 
     def fold(self) -> Affine | None:
         """The affine that equals the norm in evaluation, if there is one for all inputs."""

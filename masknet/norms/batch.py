@@ -71,7 +71,7 @@ class PRepBatchNorm(Norm):
     (xinghaochen/SLAB classification/models/prepbn.py). λ is 1 for the share `warm` of training and 0 from the share
     `until` on, linear between. Changed: while λ > 0 evaluation blends as training does, where the authors' code
     evaluates BN + η x alone, which means nothing yet; `until` is 4/5 of training, which their users found to work
-    (SLAB, issue 6), instead of a number of steps. An early stop before that leaves a norm that is no affine.
+    (SLAB, issue 6), instead of a number of steps, and no epoch before it is kept or ends the training.
     """
 
     blend: torch.Tensor
@@ -91,6 +91,11 @@ class PRepBatchNorm(Norm):
     def set_progress(self, done: float) -> None:
         """λ by the share of training that is done; it only falls, so that a trained norm stays what it has become."""
         self.blend.clamp_(max=max(0.0, 1.0 - (done - self.warm) / (self.until - self.warm)))
+
+    @property
+    def settled_from(self) -> float:
+        """λ is 0 from there on."""
+        return self.until if bool(self.blend) else 0.0
 
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """The blend."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from masknet.norms.base import Affine, Count, Share
+from masknet.norms.base import Affine, Count, Share, Steps
 from masknet.norms.running import Mean, RunningNorm, mean_over_rows, num_ranks
 
 
@@ -97,7 +97,7 @@ class PowerNorm(_PowerBase):
         eps: float,
         alpha: Share = 0.9,
         alpha_backward: Share = 0.9,
-        warmup_steps: int = 100,
+        warmup_steps: Steps = 100,
         group_scaling: Count | None = None,
     ) -> None:
         super().__init__(shape, eps=eps, alpha=alpha)

@@ -1,5 +1,6 @@
 """Normalizations by statistics of each channel over the rows: how rows, ranks and steps are put together.
- A channel is one entry of a norm's shape, (F, d) or (h,). Statistics are those of the global batch: with several
+
+A channel is one entry of a norm's shape, (F, d) or (h,). Statistics are those of the global batch: with several
 processes they are all-reduced, in the forward pass and in the backward pass. Of a step that accumulates the gradients
 of several smaller batches, running statistics see the whole (`set_accumulation`).
 """

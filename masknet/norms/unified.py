@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from masknet.norms.base import Affine, Count, Share
+from masknet.norms.base import Affine, Count, Share, Steps
 from masknet.norms.running import RunningNorm, mean_over_rows, num_ranks
 
 _RATIO = 5.0  # how far a step's scale may be from the running one
@@ -42,7 +42,7 @@ class UnifiedNorm(RunningNorm):
         eps: float,
         window: Count = 4,
         alpha: Share = 0.9,
-        warmup_steps: int = 100,
+        warmup_steps: Steps = 100,
         outlier_filtering: bool = False,
     ) -> None:
         super().__init__(shape, eps=eps)

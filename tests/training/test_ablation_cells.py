@@ -89,10 +89,22 @@ def test_the_papers_ablations_start_from_the_baseline(movielens: Config) -> None
 
 def test_placements_are_of_a_residual_network(movielens: Config) -> None:
     cells = cells_of(movielens, "layer,rms", placements=("pre", "peri", "none"))
-    assert list(cells) == ["layer", "rms", "layer pre", "rms pre", "layer peri", "rms peri", "residual, no norm"]
+    names = ["layer pre", "rms pre", "layer peri", "rms peri", "layer none", "rms none"]
+    assert list(cells) == ["layer", "rms", *names]
     model = cells["rms peri"].config.model
     assert (model.kind, model.placement, model.hidden_norm.name, model.head) == ("residual_serial", "peri", "rms", ())
-    assert cells["residual, no norm"].config.model.hidden_norm.name == "none"
+    bare = cells["rms none"].config.model
+    assert (bare.embedding_norm.name, bare.hidden_norm.name, bare.placement) == ("rms", "none", "none")
+
+
+def test_a_placement_can_be_the_baseline(movielens: Config) -> None:
+    cells = cells_of(movielens, "layer", "layer pre", placements=("pre",), blocks=(5,))
+    assert cells["model.blocks=5"].config.model == cells["layer pre"].config.model.model_copy(update={"blocks": 5})
+
+
+def test_values_of_any_key_are_yaml(movielens: Config) -> None:
+    cells = cells_of(movielens, vary=("model.head=[64, 32],[8]",))
+    assert [cell.config.model.head for cell in cells.values()] == [(64,), (64, 32), (8,)]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +115,16 @@ def test_placements_are_of_a_residual_network(movielens: Config) -> None:
         ("layer,a/b/c", {}, "more than two slots"),
         ("layer,power(", {}, "not of the form"),
         ("layer,dyt(alfa=1)", {}, "alfa: unknown key; dyt has eps, alpha"),
-        ("rms", {}, "--baseline layer is not one of --norms rms"),
+        ("rms", {}, "--baseline layer is no cell; there are rms"),
         ("layer", {"without": ("masks",)}, "--without masks is none of mask, norm, feed-forward"),
         ("layer", {"vary": ("model.blocks",)}, "not of the form"),
         ("layer", {"vary": ("model.blcks=1",)}, "model.blcks: unknown key"),
+        ("layer", {"vary": ("modle.blocks=1",)}, "only keys of model, optimizer and train differ between cells"),
+        ("layer", {"vary": ("model.nrom.eps=1",)}, "model.nrom: unknown key"),
+        ("layer", {"vary": ("train.seed=3,4",)}, "--vary train.seed: it is the same for all cells"),
+        ("layer", {"vary": ("train.epochs=[",)}, "is not YAML"),
+        ("layer,power(alpha=[)", {}, "is not YAML"),
+        ("layer,power(name=rms)", {}, "name is no parameter"),
         ("layer", {"placements": ("sideways",)}, "cell layer sideways: model.placement"),
         ("layer,evonorm_s0", {"placements": ("pre",)}, "evonorm_s0 stands for a norm and the activation"),
         ("layer", {"blocks": (0,)}, "cell model.blocks=0: model.blocks"),

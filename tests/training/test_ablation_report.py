@@ -26,7 +26,7 @@ def estimate(mean: float, seeds: int = 3) -> dict[str, Any]:
 
 def difference(mean: float, verdict: str, detectable: float = 3e-4) -> dict[str, Any]:
     p = 0.4 if verdict == "not told apart" else 1e-5
-    told = {"p": p, "p_holm": p, "detectable": detectable, "verdict": verdict}
+    told = {"p": p, "p_holm": p, "detectable": detectable, "seeds": 2, "verdict": verdict}
     return {"mean": mean, "low": mean - 2e-4, "high": mean + 2e-4, "se": 1e-4, **told}
 
 

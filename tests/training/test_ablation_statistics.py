@@ -215,7 +215,9 @@ def test_identical_scores_are_not_told_apart(seeds: int) -> None:
     label_N, logit_N = rows(300)
     cell = {s: sigmoid(logit_N + s) for s in range(seeds)}
     told = difference(label_N, clusters_of(None, 300), cell, cell)
-    assert told == Difference(0.0, 0.0, 0.0, se=0.0, p=1.0, p_holm=1.0, detectable=0.0, verdict="not told apart")
+    assert told == Difference(
+        0.0, 0.0, 0.0, se=0.0, p=1.0, p_holm=1.0, detectable=0.0, seeds=seeds, verdict="not told apart"
+    )
 
 
 def test_a_single_seed_has_the_error_of_the_test_rows_alone() -> None:
@@ -254,3 +256,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(label_N, np.zeros(2, int), [("base", {0: label_N})], baseline="base")
     with pytest.raises(ValueError, match="not finite"):
         compare(label_N, np.arange(2), [("base", {0: score_N})], baseline="base")
+
+
+def test_one_seed_tells_nothing_apart() -> None:
+    """However large the difference: what another seed would change is not known."""
+    label_N, logit_N = rows(2000)
+    better, worse = {0: sigmoid(logit_N)}, {0: sigmoid(-logit_N)}
+    told = difference(label_N, clusters_of(None, 2000), worse, better)
+    assert (told.seeds, told.verdict) == (1, "not told apart")
+    assert told.p_holm < 1e-6

@@ -1,5 +1,6 @@
 """Cells: the variants of a configuration that an ablation compares.
- A norm is written NAME or NAME(key=value, …); a pair EMBEDDING/HIDDEN takes one norm for each slot, and +ACTIVATION
+
+A norm is written NAME or NAME(key=value, …); a pair EMBEDDING/HIDDEN takes one norm for each slot, and +ACTIVATION
 behind it another non-linearity: layer, none/layer, power(group_scaling=4), none+selu. A name alone has the norm's own
 defaults, whatever the configuration says of its norms; `config` stands for the configuration as it is.
 """
@@ -13,11 +14,13 @@ import yaml
 
 from features.errors import InputError
 from features.validation import validate
-from training.config import Config
+from training.config import Config, set_key
 
 AS_CONFIGURED = "config"
 FACTOR = 3.0  # between learning rates
 T = TypeVar("T", int, float)
+_VARIED = ("model.", "optimizer.", "train.")
+_COMMON = ("train.seed", "train.train_only_affine")
 _NORM = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<parameters>[^()]*)\))?")
 _OUTSIDE_BRACKETS = r"(?![^()]*\))"
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -54,11 +57,11 @@ class Grid:
         Raises:
             InputError: a cell's configuration is refused, or the baseline is not among the norms.
         """
-        norms = [Cell(norm, _with(config, _norms(norm), norm)) for norm in self.norms]
-        base = next((cell.config for cell in norms if cell.name == baseline), None)
+        cells = [Cell(norm, _with(config, _norms(norm), norm)) for norm in self.norms] + self._placed(config)
+        base = next((cell.config for cell in cells if cell.name == baseline), None)
         if base is None:
-            raise InputError(f"--baseline {baseline} is not one of --norms {','.join(self.norms)}")
-        cells = [*norms, *self._placed(config), *self._without(base)]
+            raise InputError(f"--baseline {baseline} is no cell; there are {', '.join(cell.name for cell in cells)}")
+        cells += self._without(base)
         for key, values in self._varied():
             cells += [
                 Cell(f"{key}={value}", _with(base, {key: value}, f"{key}={value}"), key)
@@ -68,14 +71,15 @@ class Grid:
         return list({cell.name: cell for cell in cells}.values())
 
     def _placed(self, config: Config) -> list[Cell]:
+        """Every norm in every placement of a residual network; placement none leaves it at LN_EMB alone."""
         cells = []
         for placement in self.placements:
-            for norm in self.norms if placement != "none" else self.norms[:1]:
+            for norm in self.norms:
                 changes = {**_norms(norm), "model.kind": "residual_serial", "model.head": []}
                 changes["model.placement"] = placement
                 if placement == "none":
                     changes["model.hidden_norm"] = "none"
-                name = f"{norm} {placement}" if placement != "none" else "residual, no norm"
+                name = f"{norm} {placement}"
                 cells.append(Cell(name, _with(config, changes, name), "placement"))
         return cells
 
@@ -97,7 +101,11 @@ class Grid:
             key, equals, values = text.partition("=")
             if not equals or not key:
                 raise InputError(f"--vary {text!r} is not of the form section.key=value,value")
-            varied.append((key, [yaml.safe_load(value) for value in values.split(",")]))
+            if not key.startswith(_VARIED):
+                raise InputError(f"--vary {key}: only keys of model, optimizer and train differ between cells")
+            if key in _COMMON:
+                raise InputError(f"--vary {key}: it is the same for all cells")
+            varied.append((key, _yaml(f"[{values}]", f"--vary {text!r}")))
         return varied
 
 
@@ -136,20 +144,24 @@ def _slot(text: str, whole: str) -> dict[str, Any]:
             f"norm {whole!r} is not of the form NAME, NAME(key=value), EMBEDDING/HIDDEN or NAME+ACTIVATION"
         )
     pairs = [pair.partition("=") for pair in (match["parameters"] or "").split(",") if pair.strip()]
-    return {"name": match["name"], **{key.strip(): yaml.safe_load(value) for key, _, value in pairs}}
+    parameters = {key.strip(): _yaml(value, f"norm {whole!r}") for key, _, value in pairs}
+    if "name" in parameters:
+        raise InputError(f"norm {whole!r}: name is no parameter")
+    return {"name": match["name"], **parameters}
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{source}: {text!r} is not YAML") from None
 
 
 def _with(config: Config, changes: dict[str, Any], cell: str) -> Config:
     """The configuration with keys like model.blocks set; the error names the cell."""
     data = config.model_dump(mode="json")
     for path, value in changes.items():
-        *sections, key = path.split(".")
-        section = data
-        for name in sections:
-            section = section.get(name, {}) if isinstance(section, dict) else {}
-        if not isinstance(section, dict):
-            raise InputError(f"cell {cell}: {path} is no key of the configuration")
-        section[key] = value
+        set_key(data, path, value, f"cell {cell}")
     return validate(Config, data, f"cell {cell}")
 
 

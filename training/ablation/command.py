@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from features.dataset import PreparedDataset
 from features.errors import InputError
-from features.files import file_written_whole, read_json, write_json
+from features.files import file_written_whole, read_json
 from training.ablation.cells import Cell, Grid
 from training.ablation.document import update_document
 from training.ablation.jobs import DONE, Job
 from training.ablation.measure import measure
 from training.ablation.report import render
 from training.ablation.results import Answer, answer, write_answer
-from training.ablation.study import Study, open_study, run_study, statistics
+from training.ablation.study import Study, digest_of, open_study, remember, run_study, statistics
 from training.ablation.tracked import TrackedStudy
-from training.config import load_config
+from training.config import NAME, load_config
+from training.fitting import require_trainable
 from training.report import number
 
 
@@ -58,19 +60,21 @@ def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
     started = time.perf_counter()
     config = load_config(options.config, options.set)
     dataset = PreparedDataset.open(options.data)
-    study = _study(options, options.grid.cells(config, options.baseline), config.experiment)
-    open_study(study, dataset)
-    seen = read_json(study.out / "study.json", "ablation")
-    tracked = TrackedStudy(study, config, seen.get("run_id"))
-    children: dict[str, dict[str, str]] = dict(seen.get("children", {}))
+    study = _study(options, options.grid.cells(config, options.baseline), config.experiment, dataset)
+    valid, _ = dataset.split("valid"), dataset.files("test")
+    for cell in study.cells:
+        try:
+            require_trainable(cell.config, dataset, valid)
+        except InputError as error:
+            raise InputError(f"cell {cell.name}: {error}") from None
+    if options.document is not None and options.document.is_dir():
+        raise InputError(f"--document {options.document} is a folder")
+    tracked = TrackedStudy(study, config, open_study(study))
+    remember(study, tracked.known)
 
     def finished(job: Job, result: dict[str, Any]) -> None:
-        key = str(job.result.relative_to(study.out))
-        if children.get(key, {}).get("status") == result["status"]:
-            return
-        tracked.remove(children.get(key, {}).get("run_id"))
-        children[key] = {"run_id": tracked.add(job, result), "status": result["status"]}
-        _remember(study.out, {"run_id": tracked.run_id, "children": children})
+        tracked.add(str(job.result.relative_to(study.out)), job, result)
+        remember(study, tracked.known)
         if not console.is_terminal:
             console.print(f"{job.cell}, seed {result['seed']}: {_told(result)}", highlight=False, markup=False)
 
@@ -94,27 +98,38 @@ def run_ablate(options: AblateOptions, console: Console) -> tuple[Answer, Path]:
     return found, study.out
 
 
-def _study(options: AblateOptions, cells: list[Cell], experiment: str) -> Study:
+def _study(options: AblateOptions, cells: list[Cell], experiment: str, dataset: PreparedDataset) -> Study:
     name = options.name or experiment
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"--name {name!r} may have letters, digits, spaces and . _ - only")
     known = [cell.name for cell in cells]
     strangers = [cell for cell in options.landscape if cell not in known]
     if strangers:
         raise InputError(f"--landscape {strangers[0]} is no cell; there are {', '.join(known)}")
-    rates = None
-    if options.rates is not None:
-        rates = {str(cell): float(rate) for cell, rate in read_json(options.rates, "--rates").items()}
     return Study(
         name=name,
         cells=cells,
         baseline=options.baseline,
         data=options.data,
+        data_digest=digest_of(dataset),
         out=options.out or Path("runs") / "ablations" / name,
         seeds=options.seeds,
         trials=options.tune_lr,
         jobs=options.jobs,
-        given_rates=rates,
+        given_rates=None if options.rates is None else _rates(options.rates),
         landscape=options.landscape,
     )
+
+
+def _rates(path: Path) -> dict[str, float]:
+    """Learning rates by cell, from a study's rates.json."""
+    if path.is_dir():
+        raise InputError(f"--rates {path} is a folder; the file in it is rates.json")
+    found = read_json(path, "--rates")
+    good = isinstance(found, dict) and all(isinstance(rate, int | float) and 0 < rate < 1e6 for rate in found.values())
+    if not good:
+        raise InputError(f"--rates {path} must be a JSON object of positive learning rates by cell")
+    return {cell: float(rate) for cell, rate in found.items()}
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -122,13 +137,6 @@ def _told(result: dict[str, Any]) -> str:
         return f"{result['status']}: {result['reason']}"
     test = result["test"]
     return f"auc {number(test['auc'])}, logloss {number(test['logloss'])} in {result['seconds']:.0f} s"
-
-
-def _remember(out: Path, facts: dict[str, Any]) -> None:
-    path = out / "study.json"
-    known = read_json(path, "ablation")
-    with file_written_whole(path) as aside:
-        write_json(aside, {**known, **facts})
 
 
 def _device() -> dict[str, Any]:

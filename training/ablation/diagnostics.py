@@ -1,10 +1,11 @@
 """What the blocks of a trained network do: their outputs, gates and gradients, and what each is worth.
- Everything is measured in evaluation mode on rows of the test split. Legend: B rows, F fields, d embedding width, h
+
+Everything is measured in evaluation mode on rows of the test split. Legend: B rows, F fields, d embedding width, h
 width of a block's output, z width of what it masks.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from masknet.model import MaskNet
 from masknet.networks import ParallelMaskNet
 from masknet.norms.tanh import BHyT, DyT
 
+GRADIENT_ROWS = 4096
 SATURATED = 2.0  # |x| from which tanh has less than 7 % of its slope
 _CONSTANT = 1e-12  # variance of a channel that says nothing
 
@@ -59,18 +61,25 @@ def diagnose(network: nn.Module, sample: Sample) -> list[Facts]:
     network.eval()
     blocks = list(network.get_submodule("blocks").children())
     seen = [_Watch(block) for block in blocks]
-    logit_B = network(sample.emb_BFd)
-    loss = functional.binary_cross_entropy_with_logits(logit_B, sample.label_B, sample.weight_B)
-    gradients = torch.autograd.grad(loss, [_weight_of(block) for block in blocks], allow_unused=True)
+    with torch.no_grad():
+        logit_B = network(sample.emb_BFd)
     for watch in seen:
         watch.close()
-    whole = auc(sample.label_B.numpy(), logit_B.detach().numpy())
+    whole = auc(sample.label_B.numpy(), logit_B.numpy())
+    gradients = _gradients(network, [_weight_of(block) for block in blocks], sample)
     facts = []
     for index, (watch, gradient) in enumerate(zip(seen, gradients, strict=True)):
         before = seen[index - 1].output_Bh if index else None
         drop = None if whole is None else _auc_without(network, blocks[index], sample, whole)
         facts.append({**watch.facts(before), "gradient_norm": _norm(gradient), "auc_drop": drop})
     return facts
+
+
+def _gradients(network: nn.Module, weights: list[torch.Tensor], sample: Sample) -> Sequence[torch.Tensor | None]:
+    """Of the mean loss over the first rows, which bounds the memory that a backward pass takes."""
+    emb_BFd, label_B, weight_B = (part[:GRADIENT_ROWS] for part in (sample.emb_BFd, sample.label_B, sample.weight_B))
+    loss = functional.binary_cross_entropy_with_logits(network(emb_BFd), label_B, weight_B)
+    return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
 class _Watch:

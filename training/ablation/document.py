@@ -16,7 +16,8 @@ _HEAD = """# Ablation: what normalization does to MaskNet
 
 Made by `masknet ablate … --document` (the command stands above each table); of this file only the commentary is written
 by hand. Every cell is trained with the same seeds, data order and budget, at the learning rate that did best for it on
-the validation split with a seed of its own, and stops early by validation log loss. ± is half of a 95 % interval over
+the validation split with a seed of its own (the luck of that search is not in the intervals), and its best epoch is the
+validation split's. ± is half of a 95 % interval over
 seeds and test rows together. Δ is the paired difference to the baseline; p is corrected for all cells of the study
 (Holm), and * marks p < .05. "Step" and "serve" are times over the baseline's, measured in turns: a training step of the
 network, and the forward pass over 500 rows once folded. A name stands for both slots, a pair for LN_EMB/LN_HID.
@@ -80,7 +81,8 @@ def _facts(found: dict[str, Any]) -> str:
     best = data["best_possible"]
     if best is not None:
         lines += f"No model can beat AUC {best['auc']:.4f} and log loss {best['logloss']:.4f} on it. "
-    tried = "given" if found["trials"] is None else f"the best of {found['trials']}"
+    trials = found["trials"]
+    tried = "given" if trials is None else "as configured" if trials == 1 else f"searched ({trials} tried and more)"
     lines += f"{found['seeds']} seeds; learning rates {tried}; {found['seconds'] / 60:.0f} minutes in the last call on "
     return lines + f"{device['cores']} cores of {device['cpu']}, torch {device['versions']['torch']}."
 

@@ -1,7 +1,9 @@
 """Runs of an ablation: one training each, in worker processes, with a result file that a restart finds again."""
 
+import math
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import InputError
+from features.errors import one_line
 from features.files import file_written_whole, read_json, write_json
 from training.config import Config
 
@@ -65,7 +67,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[Job, dict[str,
         else:
             done(job, found)
     while waiting:
-        waiting = _run(waiting, min(processes, len(waiting)), done)
+        waiting = _run(waiting, processes, done)
 
 
 def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], None]) -> list[Job]:
@@ -74,37 +76,43 @@ def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], 
     with _workers(processes) as pool:
         running: dict[Future[dict[str, Any]], Job] = {}
         while left or running:
-            while left and len(running) < processes:
-                job = left.pop(0)
-                running[pool.submit(run_job, job)] = job
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                try:
+            try:
+                while left and len(running) < processes:
+                    running[pool.submit(run_job, left[0])] = left[0]
+                    del left[0]
+                ended = wait(running, return_when=FIRST_COMPLETED).done
+                for future in sorted(ended, key=lambda future: future.exception() is not None):
                     result = future.result()
-                except BrokenProcessPool:
-                    # Which of the running jobs killed its process is not known: each is told as failed, and a restart
-                    # of the command tries them again.
-                    for lost in (job, *running.values()):
-                        done(lost, _record(lost, {"status": FAILED, "reason": "its process died"}))
-                    return left
-                done(job, result)
+                    done(running.pop(future), result)
+            except BrokenProcessPool:
+                # Which of the running jobs killed its process is not known: each is told as failed, and a restart of
+                # the command tries them again.
+                for lost in running.values():
+                    done(lost, _record(lost, {"status": FAILED, "reason": "its process died"}))
+                return left
     return left
 
 
 @contextmanager
 def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    for name in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS"):
-        os.environ[name] = str(threads)  # for the workers: this process does nothing meanwhile
+    """Processes that share the cores evenly, and end with this block."""
+    cores = len(os.sched_getaffinity(0))
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // processes)))
+    os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # for the workers; here Polars has started already
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(threads,))
     try:
         yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # their jobs have no result yet: the same command runs them again
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes; the first one ends these
     from training.quiet import quiet_libraries
 
     quiet_libraries()
@@ -123,19 +131,31 @@ def run_job(job: Job) -> dict[str, Any]:
     except Failure as error:
         result = {"status": DIVERGED, "reason": str(error)}
     except Exception as error:
-        result = {
-            "status": FAILED,
-            "reason": f"{type(error).__name__}: {' '.join(str(error).split())}",
-            "traceback": traceback.format_exc(),
-        }
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        result = {"status": FAILED, "reason": reason, "traceback": traceback.format_exc()}
     return _record(job, {**result, "seconds": time.perf_counter() - started})
 
 
 def _record(job: Job, result: dict[str, Any]) -> dict[str, Any]:
+    """Write a result and return it; an earlier one that came to an end is not replaced by one that did not."""
     named = {"cell": job.cell, "seed": job.config.train.seed, "lr": job.config.optimizer.dense.lr, **result}
+    if result["status"] != DONE and job.result.is_file():
+        earlier: dict[str, Any] = read_json(job.result, "ablation")
+        if earlier["status"] == DONE:
+            return earlier
+    finite: dict[str, Any] = _finite(named)
     with file_written_whole(job.result) as aside:
-        write_json(aside, named)
-    return named
+        write_json(aside, finite)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _train_and_measure(job: Job) -> dict[str, Any]:
@@ -146,14 +166,12 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
     dataset = _dataset(job.data)
     with join_world() as world:
         fitted = fit_dataset(job.config, dataset, world, Silent())
-    if not fitted.weights.network:
-        raise InputError("no epoch improved on the first: its validation metric is not a number")
     best = fitted.history[fitted.best_epoch]
     result: dict[str, Any] = {
         "status": DONE,
         "valid_logloss": best["logloss"],
-        "valid_auc": _finite(best["auc"]),
-        "history": [{key: _finite(value) for key, value in epoch.items()} for epoch in fitted.history],
+        "valid_auc": best["auc"],
+        "history": fitted.history,
         "best_epoch": fitted.best_epoch + 1,
         "steps": fitted.steps,
         "samples_per_second": fitted.samples / fitted.train_seconds,
@@ -189,15 +207,11 @@ def _measure(job: Job, dataset: Any, model: Any) -> dict[str, Any]:
         rows = (sample.emb_BFd[:LANDSCAPE_ROWS], sample.label_B[:LANDSCAPE_ROWS], sample.weight_B[:LANDSCAPE_ROWS])
         plane = surface(model.network, *rows)
         result["landscape"] = {
-            "curvature": {key: _finite(value) for key, value in asdict(curvature(model.network, *rows)).items()},
+            "curvature": asdict(curvature(model.network, *rows)),
             "axis": plane.axis_K.tolist(),
-            "loss": [[_finite(value) for value in row] for row in plane.loss_KK.tolist()],
+            "loss": plane.loss_KK.tolist(),
         }
     return result
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 @lru_cache(maxsize=1)

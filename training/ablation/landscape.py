@@ -118,7 +118,6 @@ def surface(
     points: int = 21,
     reach: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Surface:
     """The loss on a plane of two random filter-normalized directions through the weights (Li et al., arXiv 1712.09913).
 
@@ -132,7 +131,6 @@ def surface(
         points: K, odd, so that the weights themselves are the point in the middle.
         reach: the axis runs from -reach to reach.
         seed: of the directions, which are alike for networks whose matrices have equal names and shapes.
-        progress: called with the points done and the points in all.
 
     Raises:
         ValueError: `points` is even or below 3.
@@ -144,13 +142,11 @@ def surface(
     first, second = (_direction(network, seed, number) for number in (0, 1))
     base = {name: weight for name, weight in network.named_parameters() if name in first}
     with _evaluating(network), torch.no_grad():
-        for done, (i, j) in enumerate(np.ndindex(points, points), start=1):
+        for i, j in np.ndindex(points, points):
             x, y = float(axis_K[j]), float(axis_K[i])
             moved = {name: weight + x * first[name] + y * second[name] for name, weight in base.items()}
             loss = float(_loss(network, moved, (emb_BFd, label_B, weight_B)))
             loss_KK[i, j] = loss if math.isfinite(loss) else math.nan
-            if progress is not None:
-                progress(done, points * points)
     return Surface(axis_K, loss_KK)
 
 

@@ -69,7 +69,7 @@ def by_seed(cell: dict[str, Any], metric: str) -> dict[int, float]:
 
 def _reach(reaches: list[float]) -> float:
     """How far an axis goes to either side: a few cells far out shall not press all others together."""
-    return 1.08 * min(max(reaches), _CLIPPED * median(reaches)) if reaches and max(reaches) > 0 else 1e-3
+    return 1.08 * min(max(reaches, default=0.0), _CLIPPED * median(reaches or [0.0])) or 1e-3
 
 
 @contextmanager

@@ -93,12 +93,8 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
     for name in METRICS:
         estimate, difference = cell["metrics"][name] or {}, cell["differences"][name] or {}
         row |= {name: estimate.get("mean"), f"{name}_low": estimate.get("low"), f"{name}_high": estimate.get("high")}
-        row |= {
-            f"{name}_{key}": difference.get(key)
-            for key in ("mean", "low", "high", "se", "p", "p_holm", "detectable", "verdict")
-            if key not in ("low", "high", "mean")
-        }
         row |= {f"{name}_difference{end}": difference.get(key) for end, key in _ENDS.items()}
+        row |= {f"{name}_{key}": difference.get(key) for key in ("se", "p", "p_holm", "detectable", "verdict")}
     row |= {key: cell[key] for key in ("epochs", "samples_per_second", "parameters")}
     for what in ("step", "forward"):
         timed = cell[what] or {}

@@ -60,6 +60,7 @@ class Difference:
     p: float
     p_holm: float
     detectable: float
+    seeds: int
     verdict: str
 
 
@@ -205,6 +206,7 @@ class _Mean:
     mean: float
     se: float
     freedom: float
+    seeds: int
 
     @classmethod
     def of(cls, value_SR: Floats, clusters: int) -> "_Mean":
@@ -212,16 +214,16 @@ class _Mean:
         mean_R = value_SR[:, 1:].mean(axis=0)
         of_test = float(mean_R.var(ddof=1))
         if seeds == 1:
-            return cls(mean, math.sqrt(of_test), clusters - 1)
+            return cls(mean, math.sqrt(of_test), clusters - 1, seeds)
         of_seeds = float(value_SR[:, 0].var(ddof=1)) / seeds
         # the part of single pairs is in both; taken out of one of them it counts once
         of_pairs = float((value_SR[:, 1:] - mean_R).var(axis=1, ddof=1).sum()) / (seeds - 1) / seeds
         of_test = max(of_test - of_pairs, 0.0)
         if of_seeds + of_test == 0:
-            return cls(mean, 0.0, clusters - 1)
+            return cls(mean, 0.0, clusters - 1, seeds)
         share = of_seeds / (of_seeds + of_test)
         freedom = 1 / (share / (seeds - 1) + (1 - share) / (clusters - 1))
-        return cls(mean, math.sqrt(of_seeds + of_test), freedom)
+        return cls(mean, math.sqrt(of_seeds + of_test), freedom, seeds)
 
     @property
     def p(self) -> float:
@@ -237,8 +239,9 @@ class _Mean:
     def difference(self, p_holm: float, compared: int, more_is_better: bool) -> Difference:
         quantiles = student.ppf(1 - LEVEL / 2 / compared, self.freedom) + student.ppf(POWER, self.freedom)
         told = "better" if (self.mean > 0) == more_is_better else "worse"
-        verdict = told if p_holm < LEVEL else "not told apart"
-        return Difference(self.mean, *self.interval(), self.se, self.p, p_holm, float(quantiles) * self.se, verdict)
+        verdict = told if p_holm < LEVEL and self.seeds > 1 else "not told apart"
+        detectable = float(quantiles) * self.se
+        return Difference(self.mean, *self.interval(), self.se, self.p, p_holm, detectable, self.seeds, verdict)
 
 
 def _estimate(value: dict[int, Floats], clusters: int) -> Estimate | None:

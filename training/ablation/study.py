@@ -1,7 +1,7 @@
 """`masknet ablate`: every cell trained alike, on several seeds, at a learning rate searched for it, then compared.
 
 OUT/
-  study.json              the question: configuration, cells, seeds, data; a restart must ask the same of a cell
+  study.json              the question: cells, seeds, data, and the MLflow runs of what is done
   runs/CELL/              a result per learning rate tried and per seed, and the seeds' test scores (.npy)
   rates.json              the learning rate of each cell
   cells.json, cells.csv   the answer
@@ -42,6 +42,7 @@ class Study:
     cells: list[Cell]
     baseline: str
     data: Path
+    data_digest: str
     out: Path
     seeds: int
     trials: int
@@ -89,22 +90,27 @@ def run_study(study: Study, progress: Progress, finished: Callable[[Job, Result]
         finished: called with every job of a seed and its result.
     """
     outcomes = _search(study, progress)
-    write_json(study.out / "rates.json", {outcome.cell.name: outcome.rate for outcome in outcomes})
-    jobs = [_job(study, outcome, seed) for seed in range(1, study.seeds + 1) for outcome in outcomes]
+    with file_written_whole(study.out / "rates.json") as aside:
+        write_json(aside, {outcome.cell.name: outcome.rate for outcome in outcomes})
+    # The baseline first: without it there is nothing to compare with.
+    order = sorted(outcomes, key=lambda outcome: outcome.cell.name != study.baseline)
+    jobs = [_job(study, order[0], seed) for seed in range(1, study.seeds + 1)]
+    jobs += [_job(study, outcome, seed) for seed in range(1, study.seeds + 1) for outcome in order[1:]]
     by_name = {outcome.cell.name: outcome for outcome in outcomes}
     count = 0
 
     def done(job: Job, result: Result) -> None:
         nonlocal count
         count += 1
-        by_name[job.cell].runs[job.config.train.seed] = result
+        outcome = by_name[job.cell]
+        outcome.runs[job.config.train.seed] = result
         finished(job, result)
+        if job.cell == study.baseline and len(outcome.runs) == study.seeds and not outcome.done:
+            raise Failure(f"the baseline {study.baseline} has no finished run: {outcome.trouble}")
         progress("seeds", count, len(jobs))
 
     progress("seeds", 0, len(jobs))
     run_jobs(jobs, study.jobs, done)
-    if not by_name[study.baseline].done:
-        raise Failure(f"the baseline {study.baseline} has no finished run: {by_name[study.baseline].trouble}")
     return outcomes
 
 
@@ -166,8 +172,9 @@ def _job(study: Study, outcome: Outcome, seed: int) -> Job:
 
 
 def _path(study: Study, cell: Cell, config: Any, what: str) -> Path:
-    """A result's file, by the whole configuration, so that another question never finds this one's answer."""
+    """A result's file, by configuration and data, so that another question never finds this one's answer."""
     asked = {key: config.model_dump(mode="json")[key] for key in ("model", "optimizer", "train")}
+    asked |= {"format": FORMAT, "data": study.data_digest}
     digest = hashlib.sha256(canonical_json(asked)).hexdigest()[:10]
     return study.out / "runs" / slug(cell.name) / f"{what}-{digest}.json"
 
@@ -177,27 +184,45 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")
 
 
-def open_study(study: Study, dataset: PreparedDataset) -> None:
-    """Write study.json, or check that the one there asks of the same data; InputError where it does not."""
-    files = hashlib.sha256(canonical_json(dataset.manifest["files"])).hexdigest()
+def digest_of(dataset: PreparedDataset) -> str:
+    """SHA-256 of what a data set holds."""
+    return hashlib.sha256(canonical_json(dataset.manifest["files"])).hexdigest()
+
+
+def open_study(study: Study) -> dict[str, Any]:
+    """Write study.json and return what it has of earlier calls; InputError where it is of other data or format."""
     path = study.out / "study.json"
-    study.out.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        found = read_json(path, "ablation")
-        if found.get("data_files") != files:
-            raise InputError(f"{study.out} holds an ablation on other data ({found.get('data')}); choose another --out")
+    try:
+        study.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{study.out} cannot be made: {error.strerror}") from None
+    known: dict[str, Any] = read_json(path, "ablation") if path.is_file() else {}
+    if known and known.get("data_digest") != study.data_digest:
+        raise InputError(f"{study.out} holds an ablation on other data ({known.get('data')}); choose another --out")
+    if known and known["format"] != FORMAT:
+        raise InputError(
+            f"{study.out} has format {known['format']}; this program writes {FORMAT}: choose another --out"
+        )
     asked = {
         "format": FORMAT,
         "name": study.name,
         "data": str(study.data),
-        "data_files": files,
+        "data_digest": study.data_digest,
         "baseline": study.baseline,
         "seeds": study.seeds,
         "trials": study.trials,
         "cells": {cell.name: cell.config.model_dump(mode="json") for cell in study.cells},
     }
+    remember(study, {**known, **asked})
+    return known
+
+
+def remember(study: Study, facts: dict[str, Any]) -> None:
+    """Add to study.json."""
+    path = study.out / "study.json"
+    known = read_json(path, "ablation") if path.is_file() else {}
     with file_written_whole(path) as aside:
-        write_json(aside, {**(read_json(path, "ablation") if path.is_file() else {}), **asked})
+        write_json(aside, {**known, **facts})
 
 
 def statistics(study: Study, outcomes: list[Outcome], dataset: PreparedDataset) -> dict[str, CellStatistics]:

@@ -84,5 +84,7 @@ def p_value(difference: dict[str, Any] | None) -> str:
 
 
 def ratio(timed: dict[str, Any] | None) -> str:
-    """A time over the baseline's."""
-    return "–" if timed is None else f"{timed['ratio']['p50']:.2f}"
+    """A time over the baseline's: median, and the 20th and 80th percentile over turns."""
+    if timed is None:
+        return "–"
+    return "{p50:.2f} ({p20:.2f}–{p80:.2f})".format(**timed["ratio"])

@@ -9,7 +9,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from features.errors import InputError
+from features.errors import InputError, one_line
 from training.ablation.jobs import DONE, Job
 from training.ablation.study import Study
 from training.config import Config
@@ -21,24 +21,36 @@ _NO_TIME = 0
 class TrackedStudy:
     """Writes to MLflow from this process alone; its workers do not know it."""
 
-    def __init__(self, study: Study, config: Config, run_id: str | None) -> None:
-        """Open the study's run, or go on with the one of an earlier call; InputError where the store is unreachable."""
+    def __init__(self, study: Study, config: Config, known: dict[str, Any]) -> None:
+        """Open the study's run, or go on with the one that `known`, an earlier call's facts, tells of.
+
+        Raises:
+            InputError: the tracking store cannot be reached.
+        """
         if config.tracking.uri:
             mlflow.set_tracking_uri(config.tracking.uri)
         self._client = mlflow.MlflowClient()
         try:
             self._experiment = mlflow.set_experiment(config.experiment).experiment_id
         except MlflowException as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {reason}") from None
-        self.run_id = self._known(run_id) or self._open(study)
+            raise InputError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {one_line(error)}") from None
+        goes_on = self._reopens(known.get("run_id"))
+        self.run_id = known["run_id"] if goes_on else self._open(study)
+        self._children: dict[str, dict[str, str]] = dict(known["children"]) if goes_on else {}
 
-    def _known(self, run_id: str | None) -> str | None:
-        if run_id is not None:
-            with suppress(MlflowException):  # another store than the last time
-                self._client.update_run(run_id, status="RUNNING")
-                return run_id
-        return None
+    @property
+    def known(self) -> dict[str, Any]:
+        """What a later call has to know: the study's run, and the run and status of each seed."""
+        return {"run_id": self.run_id, "children": self._children}
+
+    def _reopens(self, run_id: str | None) -> bool:
+        if run_id is None:
+            return False
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            return False  # another store than the last time
+        return True
 
     def _open(self, study: Study) -> str:
         tags = {MLFLOW_RUN_NAME: f"ablation {study.name}", "masknet.ablation": study.name}
@@ -47,8 +59,17 @@ class TrackedStudy:
         self._client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in facts.items()])
         return str(run.info.run_id)
 
-    def add(self, job: Job, result: dict[str, Any]) -> str:
-        """A run below the study's for a seed's result; returns its id."""
+    def add(self, key: str, job: Job, result: dict[str, Any]) -> None:
+        """A run below the study's for a seed's result, unless it is there; `key` names the seed's file."""
+        before = self._children.get(key)
+        if before is not None and before["status"] == result["status"]:
+            return
+        if before is not None:
+            with suppress(MlflowException):
+                self._client.delete_run(before["run_id"])
+        self._children[key] = {"run_id": self._add(job, result), "status": result["status"]}
+
+    def _add(self, job: Job, result: dict[str, Any]) -> str:
         done = result["status"] == DONE
         tags = {
             MLFLOW_PARENT_RUN_ID: self.run_id,
@@ -69,12 +90,6 @@ class TrackedStudy:
         self._client.log_batch(run_id, metrics=metrics, params=params, tags=note)
         self._client.set_terminated(run_id, "FINISHED" if done else "FAILED")
         return run_id
-
-    def remove(self, run_id: str | None) -> None:
-        """Forget the run of a seed that has run again."""
-        if run_id is not None:
-            with suppress(MlflowException):
-                self._client.delete_run(run_id)
 
     def close(self, out: Path, status: str) -> None:
         """End the study's run, with the files of its answer."""

@@ -41,11 +41,21 @@ def cautions(found: Found) -> list[str]:
             "Public grids show effects of MaskNet's layer norms of 2e-4 to 5e-4 in AUC: this comparison cannot see "
             "those, and not told apart does not mean equal."
         )
+    lonely = [cell["cell"] for cell in found["cells"] if any(_seeds(cell, metric) == 1 for metric in _TITLES)]
+    if lonely:
+        sentences.append(
+            f"Compared by one seed only, so that what another seed would change is not known: {listed(lonely)}."
+        )
     edge = [cell["cell"] for cell in found["cells"] if cell["lr_at_edge"]]
     if edge:
         sentences.append(f"At an end of the learning rates tried, so perhaps better beyond it: {listed(edge)}.")
     sentences += [f"{cell['cell']}: {cell['trouble']}." for cell in found["cells"] if cell["trouble"] is not None]
     return sentences
+
+
+def _seeds(cell: dict[str, Any], metric: str) -> int | None:
+    difference = cell["differences"][metric]
+    return None if difference is None else difference["seeds"]
 
 
 def detectable(found: Found, metric: str) -> float | None:
