@@ -78,7 +78,8 @@ def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], 
         while left or running:
             try:
                 while left and len(running) < processes:
-                    running[pool.submit(run_job, left[0])] = left[0]
+                    with _without_interrupts():
+                        running[pool.submit(run_job, left[0])] = left[0]
                     del left[0]
                 ended = wait(running, return_when=FIRST_COMPLETED).done
                 for future in sorted(ended, key=lambda future: future.exception() is not None):
@@ -111,8 +112,17 @@ def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process started in this block never sees a terminal's Ctrl-C, which reaches all of them: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes; the first one ends these
     from training.quiet import quiet_libraries
 
     quiet_libraries()
