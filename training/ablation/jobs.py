@@ -81,7 +81,8 @@ def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], 
                     with _without_interrupts():
                         running[pool.submit(run_job, left[0])] = left[0]
                     del left[0]
-                ended = wait(running, return_when=FIRST_COMPLETED).done
+                # With a limit, since a signal that another thread has taken wakes no waiting main thread.
+                ended = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
                 for future in sorted(ended, key=lambda future: future.exception() is not None):
                     result = future.result()
                     done(running.pop(future), result)
