@@ -10,7 +10,7 @@ from masknet.norms.base import Affine, Count, Share, Steps
 from masknet.norms.running import Mean, RunningNorm, mean_over_rows, num_ranks
 
 
-class _PowerBase(RunningNorm):
+class PowerBase(RunningNorm):
     """γ, β, and the running mean square of each channel, which evaluation divides by the root of."""
 
     running_power: torch.Tensor
@@ -52,7 +52,7 @@ class _PowerBase(RunningNorm):
         return f"{super().extra_repr()}, alpha={self.alpha}"
 
 
-class PowerNormV(_PowerBase):
+class PowerNormV(PowerBase):
     """y = γ ⊙ x / √(mean_B(x²) + eps) + β over rows: PN-V of Shen et al., arXiv 2003.07845.
 
     Batch norm without the mean. Its gradient is the exact one; evaluation uses the running mean square, of which a step
@@ -70,7 +70,7 @@ class PowerNormV(_PowerBase):
         return x * torch.rsqrt(power.value + self.eps)
 
 
-class PowerNorm(_PowerBase):
+class PowerNorm(PowerBase):
     """y = γ ⊙ x / √(ψ² + eps) + β with ψ² the running mean square before this step (Shen et al., arXiv 2003.07845).
 
     PN, the paper's algorithm 2. The backward pass estimates the gradient through the statistics by a running ν:

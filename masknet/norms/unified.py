@@ -3,16 +3,16 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
-from masknet.norms.base import Affine, Count, Share, Steps
-from masknet.norms.running import RunningNorm, mean_over_rows, num_ranks
+from masknet.norms.base import Count, Share, Steps
+from masknet.norms.power import PowerBase
+from masknet.norms.running import mean_over_rows, num_ranks
 
 _RATIO = 5.0  # how far a step's scale may be from the running one
 
 
-class UnifiedNorm(RunningNorm):
+class UnifiedNorm(PowerBase):
     """y = γ ⊙ x / √(v + eps) + β, v the geometric mean over the last `window` steps of mean_B(x²), per channel.
 
     Unified Normalization (Yang et al., arXiv 2208.01313; hikvision-research/Unified-Normalization, class UN1d). The
@@ -30,7 +30,6 @@ class UnifiedNorm(RunningNorm):
     called momentum there.
     """
 
-    running_power: torch.Tensor
     ema_gradient: torch.Tensor
     power_window: torch.Tensor
     gradient_window: torch.Tensor
@@ -45,14 +44,11 @@ class UnifiedNorm(RunningNorm):
         warmup_steps: Steps = 100,
         outlier_filtering: bool = False,
     ) -> None:
-        super().__init__(shape, eps=eps)
+        super().__init__(shape, eps=eps, alpha=alpha)
         if window < 2:
             raise ValueError("unified: a window of 1 smooths nothing; it must be 2 at least")
-        self.window, self.alpha, self.warmup_steps = window, alpha, warmup_steps
+        self.window, self.warmup_steps = window, warmup_steps
         self.outlier_filtering = outlier_filtering
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("running_power", torch.ones(shape))
         self.register_buffer("ema_gradient", torch.zeros(shape))
         self.register_buffer("power_window", torch.zeros(window, *shape))
         self.register_buffer("gradient_window", torch.zeros(window, *shape))
@@ -60,8 +56,7 @@ class UnifiedNorm(RunningNorm):
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """UN(x)."""
         if not self.training:
-            affine = self.affine()
-            return torch.addcmul(affine.shift, x, affine.scale)
+            return super().normalize(x, instance)
         step = int(self.steps) + 1
         rows, power = mean_over_rows(x.detach().square())
         smooth = step > self.window and step >= self.warmup_steps
@@ -118,16 +113,8 @@ class UnifiedNorm(RunningNorm):
             self.ema_gradient.copy_(pooled[2])
         return smoothed if skip else ema
 
-    def affine(self) -> Affine:
-        """What evaluation does, in terms that gradients go through."""
-        return Affine(self.weight * torch.rsqrt(self.running_power + self.eps), self.bias)
-
-    def fold(self) -> Affine | None:
-        affine = self.affine()
-        return Affine(affine.scale.detach(), affine.shift.detach())
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, window={self.window}, alpha={self.alpha}, warmup_steps={self.warmup_steps}"
+        return f"{super().extra_repr()}, window={self.window}, warmup_steps={self.warmup_steps}"
 
 
 class _DividedByWindow(torch.autograd.Function):
