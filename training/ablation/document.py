@@ -6,7 +6,7 @@ from typing import Any
 
 from features.files import file_written_whole
 from training.ablation.report import forest, surfaces
-from training.ablation.tables import FAMILIES, mean_of, p_value, ratio, with_margin
+from training.ablation.tables import FAMILIES, mean_of, p_value, ratio_range, with_margin
 from training.ablation.verdict import cautions, verdict
 from training.report import number
 
@@ -116,7 +116,13 @@ def _row(cell: dict[str, Any]) -> list[str]:
     for name in ("auc", "logloss"):
         row += [_difference(differences[name]), p_value(differences[name])]
     edge = " (edge)" if cell["lr_at_edge"] else ""
-    return [*row, f"{cell['lr']:g}{edge}", ratio(cell["step"]), ratio(cell["forward"]), f"{cell['parameters']:,}"]
+    return [
+        *row,
+        f"{cell['lr']:g}{edge}",
+        ratio_range(cell["step"]),
+        ratio_range(cell["forward"]),
+        f"{cell['parameters']:,}",
+    ]
 
 
 def _difference(difference: dict[str, Any] | None) -> str:

@@ -45,7 +45,7 @@ def differences_table(found: dict[str, Any]) -> Table:
 
 def _table(title: str, heads: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", overflow="fold", min_width=13)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     return table
@@ -84,7 +84,10 @@ def p_value(difference: dict[str, Any] | None) -> str:
 
 
 def ratio(timed: dict[str, Any] | None) -> str:
-    """A time over the baseline's: median, and the 20th and 80th percentile over turns."""
-    if timed is None:
-        return "–"
-    return "{p50:.2f} ({p20:.2f}–{p80:.2f})".format(**timed["ratio"])
+    """A time over the baseline's, the median over turns."""
+    return "–" if timed is None else f"{timed['ratio']['p50']:.2f}"
+
+
+def ratio_range(timed: dict[str, Any] | None) -> str:
+    """The same with the 20th and the 80th percentile."""
+    return "–" if timed is None else "{p50:.2f} ({p20:.2f}–{p80:.2f})".format(**timed["ratio"])
