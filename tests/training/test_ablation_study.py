@@ -239,12 +239,12 @@ def test_the_document_keeps_other_studies_and_the_commentary(found: dict[str, An
     begin = "<!-- commentary -->\n"
     path.write_text(path.read_text().replace(begin, begin + "Written by hand.\n"))
     update_document(path, {**found, "study": "other"})
-    update_document(path, {**found, "seconds": 7200.0})
+    update_document(path, {**found, "training_seconds": 7200.0})
     text = path.read_text()
     assert text.count("Written by hand.") == 1
     assert re.findall("^## (.*)$", text, re.M) == ["What the numbers do and do not say", "small", "other"]
     small, other = text.split("## small")[1].split("## other")
-    assert "; 120 minutes in the last call" in small
+    assert "; 120 minutes of training in all" in small
     assert "; 120 minutes" not in other
 
 

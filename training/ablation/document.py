@@ -83,7 +83,8 @@ def _facts(found: dict[str, Any]) -> str:
         lines += f"No model can beat AUC {best['auc']:.4f} and log loss {best['logloss']:.4f} on it. "
     trials = found["trials"]
     tried = "given" if trials is None else "as configured" if trials == 1 else f"searched ({trials} tried and more)"
-    lines += f"{found['seeds']} seeds; learning rates {tried}; {found['seconds'] / 60:.0f} minutes in the last call on "
+    minutes = found["training_seconds"] / 60
+    lines += f"{found['seeds']} seeds; learning rates {tried}; {minutes:.0f} minutes of training in all on "
     return lines + f"{device['cores']} cores of {device['cpu']}, torch {device['versions']['torch']}."
 
 

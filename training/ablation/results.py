@@ -36,6 +36,7 @@ def answer(
         "metrics": list(METRICS),
         "data": {"path": str(study.data), **facts_of_data(dataset)},
         "device": device,
+        "training_seconds": sum(run["seconds"] for outcome in outcomes for run in outcome.runs.values()),
         "config": base.cell.config.model_dump(mode="json"),
         "cells": [_cell(outcome, statistics.get(outcome.cell.name), measured) for outcome in outcomes],
     }
