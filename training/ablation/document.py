@@ -17,10 +17,10 @@ _HEAD = """# Ablation: what normalization does to MaskNet
 Made by `masknet ablate … --document` (the command stands above each table); of this file only the commentary is written
 by hand. Every cell is trained with the same seeds, data order and budget, at the learning rate that did best for it on
 the validation split with a seed of its own (the luck of that search is not in the intervals), and its best epoch is the
-validation split's. ± is half of a 95 % interval over
-seeds and test rows together. Δ is the paired difference to the baseline; p is corrected for all cells of the study
-(Holm), and * marks p < .05. "Step" and "serve" are times over the baseline's, measured in turns: a training step of the
-network, and the forward pass over 500 rows once folded. A name stands for both slots, a pair for LN_EMB/LN_HID.
+validation split's. ± is half of a 95 % interval over seeds and test rows together. Δ is the paired difference to the
+baseline; p is corrected for all cells of the study (Holm), and * marks p < .05. "Step" and "serve" are times over the
+baseline's, measured in turns (median, 20th and 80th percentile): a training step of the network, and the forward pass
+over 500 rows once folded. A name stands for both slots, a pair for LN_EMB/LN_HID.
 
 ## What the numbers do and do not say
 
