@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 
 from features.dataset import LABEL, PreparedDataset
 from features.errors import InputError
@@ -21,7 +22,11 @@ from features.pipeline import FeaturePipeline
 from features.prepare import prepare
 from features.schema import Schema
 from features.splits import SplitRule
-from masknet.removal import begin_removal, has_norms
+from masknet.networks import PartialNorm
+from masknet.norms.affine import AffineOnly
+from masknet.norms.base import Norm
+from masknet.norms.none import NoNorm
+from masknet.removal import begin_removal
 from serving.bundle import Bundle, load_bundle, write_bundle
 from serving.scorer import Scorer
 from training import train as train_module
@@ -39,6 +44,11 @@ RATES = ["optimizer.sparse={name: rowwise_adagrad, lr: 0.1}", "optimizer.dense.l
 NO_RATES = ["optimizer.sparse={name: rowwise_adagrad, lr: 1.0e-30}", "optimizer.dense.lr=1.0e-30"]
 
 State = dict[str, torch.Tensor]
+
+
+def has_norms(network: nn.Module) -> bool:
+    """Whether anything but affines and nothing is left in the norms' places."""
+    return any(isinstance(m, Norm) and not isinstance(m, AffineOnly | NoNorm | PartialNorm) for m in network.modules())
 
 
 def planted(home: Path, values: int = 8, seed: int = 0, pipeline: FeaturePipeline | None = None) -> Path:
