@@ -61,6 +61,11 @@ class StandardizedLinear(nn.Linear):
         return functional.linear(x, self.standardized(), self.bias)
 
 
+def effective_weight(linear: nn.Linear) -> torch.Tensor:
+    """The matrix that a layer multiplies by: its own, or the standardized one."""
+    return linear.standardized() if isinstance(linear, StandardizedLinear) else linear.weight
+
+
 class MaskBlock(nn.Module):
     """relu(LN_HID(W (m ⊙ x))), W without bias, the norm before the non-linearity, then dropout.
 

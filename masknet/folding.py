@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from masknet.blocks import MaskBlock, StandardizedLinear
+from masknet.blocks import MaskBlock, effective_weight
 from masknet.networks import ParallelMaskNet, SerialMaskNet
 from masknet.norms.affine import AffineOnly
 from masknet.norms.base import Affine, Norm
@@ -41,7 +41,7 @@ def as_module(affine: Affine, norm: Norm) -> AffineOnly:
 @torch.no_grad()
 def _fold_block(block: MaskBlock) -> None:
     linear = block.linear
-    weight = linear.standardized() if isinstance(linear, StandardizedLinear) else linear.weight
+    weight = effective_weight(linear)
     affine = None if isinstance(block.norm, NoNorm) else block.norm.fold()
     static = nn.Linear(linear.in_features, linear.out_features, bias=affine is not None).to(weight)
     static.weight.copy_(weight if affine is None else affine.scale.unsqueeze(1) * weight)

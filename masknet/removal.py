@@ -8,7 +8,7 @@ hidden vector and one for each field; the blocks' norms are frozen first, in the
 import torch
 from torch import nn
 
-from masknet.blocks import MaskBlock, StandardizedLinear
+from masknet.blocks import MaskBlock, effective_weight
 from masknet.config import MaskNetConfig
 from masknet.folding import as_module
 from masknet.networks import ParallelMaskNet, PartialNorm, SerialMaskNet
@@ -124,7 +124,7 @@ def _embedding_place(network: Network) -> tuple[nn.Module, str]:
 @torch.no_grad()
 def _fold_hidden(block: MaskBlock) -> None:
     old, norm = block.linear, block.norm
-    weight = (old.standardized() if isinstance(old, StandardizedLinear) else old.weight).detach()
+    weight = effective_weight(old).detach()
     if isinstance(norm, FreezingNorm) and norm.centred:
         weight = weight - weight.mean(0, keepdim=True)
     linear = nn.Linear(old.in_features, old.out_features, bias=False).to(weight)

@@ -1,8 +1,6 @@
-"""From a configuration and a data set to weights: what `masknet train` and every run of `masknet ablate` have in
-common."""
+"""From a configuration and a data set to weights: common to `masknet train` and every run of `masknet ablate`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -157,8 +155,3 @@ def _loaders(config: Config, dataset: PreparedDataset, world: World) -> dict[str
         "train": BatchLoader(train, dataset.pipeline, batch_size=batch_size, share=share, shuffle_seed=seed),
         "valid": BatchLoader(valid, dataset.pipeline, batch_size=VALID_BATCH, share=share),
     }
-
-
-def default_out(config: Config, run_id: str) -> Path:
-    """Where a run's files go unless --out says otherwise."""
-    return Path("runs") / config.experiment / run_id

@@ -15,7 +15,7 @@ from serving.bundle import write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
 from training.distributed import World, join_world
-from training.fitting import Start, default_out, fit_dataset, require_start_fits, require_trainable, without_norms
+from training.fitting import Start, fit_dataset, require_start_fits, require_trainable, without_norms
 from training.loop import FitResult, Observer
 from training.progress import Silent, TrainingObserver
 from training.tracking import Run, track
@@ -46,7 +46,7 @@ def train(config: Config, data: Path, out: Path | None, console: Console, start:
         model, weights = config.model, fitted.weights
         if start is not None and start.remove_norms:
             model, weights = without_norms(model, dataset, weights)
-        out = out or default_out(config, run.run_id)
+        out = out or Path("runs") / config.experiment / run.run_id
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")
         bundle = write_bundle(

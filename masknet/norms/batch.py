@@ -31,8 +31,7 @@ class BatchNorm(RunningNorm):
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """BN(x)."""
         if not self.training:
-            affine = self.affine()
-            return torch.addcmul(affine.shift, x, affine.scale)
+            return self.evaluated(x)
         rows, mean = mean_over_rows(x)
         centred = x - mean
         variance = mean_over_rows(centred.square()).value
@@ -55,10 +54,6 @@ class BatchNorm(RunningNorm):
         """What evaluation does, in terms that gradients go through."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return Affine(scale, self.bias - self.running_mean * scale)
-
-    def fold(self) -> Affine | None:
-        affine = self.affine()
-        return Affine(affine.scale.detach(), affine.shift.detach())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, momentum={self.momentum}"

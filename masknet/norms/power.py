@@ -29,8 +29,7 @@ class PowerBase(RunningNorm):
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """x over its channel's root mean square, with an affine."""
         if not self.training:
-            affine = self.affine()
-            return torch.addcmul(affine.shift, x, affine.scale)
+            return self.evaluated(x)
         return self.normalize_rows(x) * self.weight + self.bias
 
     def normalize_rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,10 +42,6 @@ class PowerBase(RunningNorm):
         if pooled is not None:
             self.steps += 1
             self.running_power.lerp_(pooled[1], self.share_of_new(1.0 - self.alpha))
-
-    def fold(self) -> Affine | None:
-        affine = self.affine()
-        return Affine(affine.scale.detach(), affine.shift.detach())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha}"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
 
-from masknet.norms.base import Norm
+from masknet.norms.base import Affine, Norm
 
 
 def num_ranks() -> int:
@@ -69,6 +69,19 @@ class RunningNorm(Norm):
         self.accumulation = 1  # batches in a step
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._seen: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+
+    def affine(self) -> Affine:
+        """What evaluation does, by the running statistics, in terms that gradients go through."""
+        raise NotImplementedError
+
+    def evaluated(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm of x in evaluation."""
+        affine = self.affine()
+        return torch.addcmul(affine.shift, x, affine.scale)
+
+    def fold(self) -> Affine | None:
+        affine = self.affine()
+        return Affine(affine.scale.detach(), affine.shift.detach())
 
     def pooled(self, kind: str, rows: torch.Tensor, *means: torch.Tensor) -> list[torch.Tensor] | None:
         """At a step's last batch, its rows and the means over them; None before, and where the step has no rows."""

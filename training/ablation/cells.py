@@ -55,7 +55,7 @@ class Grid:
         """All cells, each once; those that are no norms start from the `baseline` cell.
 
         Raises:
-            InputError: a cell's configuration is refused, or the baseline is not among the norms.
+            InputError: a cell's configuration is refused, or the baseline is no cell of a norm or a placement.
         """
         cells = [Cell(norm, _with(config, _norms(norm), norm)) for norm in self.norms] + self._placed(config)
         base = next((cell.config for cell in cells if cell.name == baseline), None)
