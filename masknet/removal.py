@@ -35,7 +35,7 @@ class FreezingNorm(Norm):
         super().__init__(norm.shape, eps=norm.eps)
         self.centred, self.freeze_at = isinstance(norm, LayerNorm), freeze_at
         self.weight = norm.weight
-        self.bias = norm.bias if isinstance(norm, LayerNorm) else nn.Parameter(torch.zeros(norm.shape))
+        self.bias: torch.Tensor = nn.Parameter(torch.zeros(norm.shape)) if norm.bias is None else norm.bias
         self.register_buffer("running_deviation", torch.ones(*norm.shape[:-1], 1))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from masknet.norms.base import Affine, Norm
+from masknet.norms.base import Affine, Formula, Norm
 
 
 class AffineOnly(Norm):
@@ -21,12 +21,19 @@ class AffineOnly(Norm):
 
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """γ ⊙ x + β."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        return torch.addcmul(self.bias, x, self.weight)
+        return torch.addcmul(self.bias, self.core(x), self.weight)
+
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def separated(self) -> Affine:
+        return Affine(self.weight.detach(), self.bias.detach())
 
     def fold(self) -> Affine | None:
-        return None if self.centred else Affine(self.weight.detach(), self.bias.detach())
+        return None if self.centred else self.separated()
+
+    def formula(self) -> Formula | None:
+        return None if self.centred else Formula("affine", self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, centred={self.centred}"

@@ -25,6 +25,21 @@ class Affine:
     shift: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Formula:
+    """A norm of rows in a kernel's terms: y = weight ⊙ core(x) + bias, core named by `kind` (`masknet.kernels.rows`).
+
+    `extra` is α [F, 1] or [1] of dyt, the bound of bhyt likewise, a centre of affine, [α, β] of seednorm; `constant` is
+    bhyt's κ. Gradients go through all tensors.
+    """
+
+    kind: str
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
+    constant: float = 1.0
+
+
 def variance(x: torch.Tensor) -> torch.Tensor:
     """Biased variance of the last axis, kept as an axis of 1; unlike torch.var it takes an empty batch in silence."""
     return (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
@@ -67,5 +82,52 @@ class Norm(nn.Module):
         """The affine that equals the norm in evaluation, if there is one for all inputs."""
         return None
 
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """What `separated` leaves of the norm; x itself where the norm folds."""
+        return x
+
+    def separated(self) -> Affine | None:
+        """γ and β where the norm in evaluation is γ ⊙ core(x) + β with the same γ and β for every row."""
+        return self.fold()
+
+    def formula(self) -> Formula | None:
+        """The norm as it is now, in training or evaluation, for a kernel; None where no kernel has it."""
+        affine = None if self.training else self.fold()
+        return None if affine is None else Formula("affine", affine.scale, affine.shift)
+
     def extra_repr(self) -> str:
         return f"{self.shape}, eps={self.eps}"
+
+
+class RowNorm(Norm):
+    """y = γ ⊙ core(x) + β where core looks at one row by itself, over the last axis."""
+
+    kind: ClassVar[str]  # what kernels call it
+    odd: ClassVar[bool] = True  # whether entries' signs pass through core, rows of mean 0 given
+    biased: ClassVar[bool] = True
+    bias: torch.Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:
+        super().__init__(shape, eps=eps)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape)) if self.biased else None)
+
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm without its affine; x is fp32 or wider."""
+        raise NotImplementedError
+
+    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+        """The core with its affine."""
+        core = self.core(x)
+        return core * self.weight if self.bias is None else torch.addcmul(self.bias, core, self.weight)
+
+    def separated(self) -> Affine:
+        weight = self.weight.detach()
+        return Affine(weight, torch.zeros_like(weight) if self.bias is None else self.bias.detach())
+
+    def formula(self) -> Formula | None:
+        return Formula(self.kind, self.weight, self.bias, *self.kernel_arguments())
+
+    def kernel_arguments(self) -> tuple[torch.Tensor | None, float]:
+        """`extra` and `constant` of the formula."""
+        return None, 1.0

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from masknet.norms.base import Count, Norm, variance
+from masknet.norms.base import Count, Formula, RowNorm, variance
 
 _MOST_GROUPS, _LEAST_WIDTH = 32, 16
 
 
-class EvoNormS0(Norm):
+class EvoNormS0(RowNorm):
     """y = x · σ(v x) / √(var_group(x) + eps) ⊙ γ + β (Liu et al., arXiv 2004.02967): stands for norm and ReLU together.
 
     The variance, biased as in the authors' TensorFlow code (from memory; digantamisra98/EvoNorm uses the unbiased one),
@@ -16,6 +16,7 @@ class EvoNormS0(Norm):
     positions, so by default there are as many groups as divide it with 16 entries each at least, up to 32.
     """
 
+    odd = False
     replaces_activation = True
 
     def __init__(self, shape: tuple[int, ...], *, eps: float, groups: Count | None = None) -> None:
@@ -23,17 +24,17 @@ class EvoNormS0(Norm):
         self.groups = groups if groups is not None else _default_groups(shape[-1])
         if shape[-1] % self.groups:
             raise ValueError(f"evonorm_s0: groups {self.groups} does not divide a width of {shape[-1]}")
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
         self.slope = nn.Parameter(torch.ones(shape))
 
-    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
+    def core(self, x: torch.Tensor) -> torch.Tensor:
         """Swish over the spread within the group."""
         groups = (self.groups, self.shape[-1] // self.groups)
         inverse = torch.rsqrt(variance(torch.unflatten(x, -1, groups)) + self.eps)
         swish = x * torch.sigmoid(x * self.slope)
-        normed = (torch.unflatten(swish, -1, groups) * inverse).flatten(-2)
-        return normed * self.weight + self.bias
+        return (torch.unflatten(swish, -1, groups) * inverse).flatten(-2)
+
+    def formula(self) -> Formula | None:
+        return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

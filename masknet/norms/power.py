@@ -102,10 +102,14 @@ class PowerNorm(PowerBase):
         self.register_buffer("ema_gradient", torch.zeros(shape))
 
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
-        if self.group_scaling is not None:
-            grouped = torch.unflatten(x, -1, (self.group_scaling, -1))
-            x = (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return super().normalize(x, instance)
+        return super().normalize(self.core(x), instance)
+
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """x with its groups scaled, if they are."""
+        if self.group_scaling is None:
+            return x
+        grouped = torch.unflatten(x, -1, (self.group_scaling, -1))
+        return (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
 
     def normalize_rows(self, x: torch.Tensor) -> torch.Tensor:
         warming_up = int(self.steps) < self.warmup_steps
@@ -123,6 +127,9 @@ class PowerNorm(PowerBase):
             new = 1.0 - self.alpha_backward
             keep = 1.0 - new * pooled[1].clamp(max=1.0 / new)
             self.ema_gradient.mul_(keep).add_(pooled[2], alpha=new / num_ranks())
+
+    def separated(self) -> Affine | None:
+        return super().fold()
 
     def fold(self) -> Affine | None:
         return None if self.group_scaling is not None else super().fold()

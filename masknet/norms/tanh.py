@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from masknet.norms.base import Count, Norm, Positive
+from masknet.norms.base import Count, Formula, Norm, Positive, RowNorm
 
 HIDDEN_ALPHA, EMBEDDING_ALPHA = 0.5, 10.0
 
 
-class DyT(Norm):
+class DyT(RowNorm):
     """y = γ ⊙ tanh(α x) + β (Zhu et al., arXiv 2503.10622; jiachenzhu/DyT dynamic_tanh.py): no statistics at all.
 
     Changed: α is one scalar per normalized vector, so one per field for (F, d); it starts at the paper's 0.5 for a
@@ -17,23 +17,26 @@ class DyT(Norm):
     use for it.
     """
 
+    kind = "dyt"
+
     def __init__(self, shape: tuple[int, ...], *, eps: float, alpha: Positive | None = None) -> None:
         super().__init__(shape, eps=eps)
         start = alpha if alpha is not None else EMBEDDING_ALPHA if len(shape) > 1 else HIDDEN_ALPHA
         self.alpha = nn.Parameter(torch.full((*shape[:-1], 1), start))
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
 
     def bounded(self, x: torch.Tensor) -> torch.Tensor:
         """What the tanh is taken of."""
         return x * self.alpha
 
-    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
-        """tanh(α x) with its affine."""
-        return self.bounded(x).tanh() * self.weight + self.bias
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """tanh(α x)."""
+        return self.bounded(x).tanh()
+
+    def kernel_arguments(self) -> tuple[torch.Tensor, float]:
+        return self.alpha, 1.0
 
 
-class BHyT(Norm):
+class BHyT(RowNorm):
     """y = γ ⊙ tanh((λ/κ) · x / √(mean(x²) + eps)) over the last axis (arXiv 2601.09719 v3).
 
     The exact form, BHyT_Star in MLAI-Yonsei/BHyT models/hf_src/llama/modeling_llama.py; the approximated variance of
@@ -42,8 +45,10 @@ class BHyT(Norm):
     about the scale of RMSNorm's; with the authors' 1 it starts at λ/κ = 0.2 of it.
     """
 
+    kind = "bhyt"
     default_eps = 1e-6
     scale_invariant = True
+    biased = False
 
     def __init__(
         self,
@@ -57,15 +62,18 @@ class BHyT(Norm):
         super().__init__(shape, eps=eps)
         self.kappa = kappa
         self.bound = nn.Parameter(torch.full((*shape[:-1], 1), bound))
-        self.weight = nn.Parameter(torch.full(shape, gain if gain is not None else kappa / bound))
+        nn.init.constant_(self.weight, gain if gain is not None else kappa / bound)
 
     def bounded(self, x: torch.Tensor) -> torch.Tensor:
         """What the tanh is taken of."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.bound / self.kappa)
 
-    def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
-        """tanh of the bounded x, with its scale."""
-        return self.bounded(x).tanh() * self.weight
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """tanh of the bounded x."""
+        return self.bounded(x).tanh()
+
+    def kernel_arguments(self) -> tuple[torch.Tensor, float]:
+        return self.bound, self.kappa
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kappa={self.kappa}"
@@ -95,6 +103,11 @@ class SeeDNorm(Norm):
         gate = torch.unflatten(x * self.beta, -1, parts).sum(-1, keepdim=True).tanh()
         scale = (gate * torch.unflatten(self.alpha, -1, parts)).flatten(-2) + self.weight
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * scale
+
+    def formula(self) -> Formula | None:
+        if self.heads > 1 or len(self.shape) > 1:
+            return None
+        return Formula("seednorm", self.weight, extra=torch.stack([self.alpha, self.beta]))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, heads={self.heads}"
