@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from masknet.activations import ACTIVATIONS, initialize, make_dropout
+from masknet.kernels.dispatch import PendingNorm, masked, norm_act
 from masknet.norms.base import Norm
 
 
@@ -91,11 +92,10 @@ class MaskBlock(nn.Module):
         self.activation = nn.Identity() if norm.replaces_activation else ACTIVATIONS[activation]()
         self.dropout = make_dropout(activation, dropout)
 
-    def forward(self, x_Bz: torch.Tensor, raw_BD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_Bz: torch.Tensor | PendingNorm, raw_BD: torch.Tensor) -> torch.Tensor:
         """Hidden vector [B, h]."""
-        hidden_Bh = self.norm(self.linear(self.mask(raw_BD) * x_Bz), instance=raw_BD)
-        out_Bh: torch.Tensor = self.dropout(self.activation(hidden_Bh))
-        return out_Bh
+        hidden_Bh = self.linear(masked(self.mask(raw_BD), x_Bz))
+        return norm_act(self.norm, self.activation, self.dropout, hidden_Bh, raw_BD)
 
 
 class MaskOnlyBlock(nn.Module):
@@ -105,7 +105,6 @@ class MaskOnlyBlock(nn.Module):
         super().__init__()
         self.mask = mask
 
-    def forward(self, x_Bz: torch.Tensor, raw_BD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_Bz: torch.Tensor | PendingNorm, raw_BD: torch.Tensor) -> torch.Tensor:
         """Masked vector [B, z]."""
-        masked_Bz: torch.Tensor = self.mask(raw_BD) * x_Bz
-        return masked_Bz
+        return masked(self.mask(raw_BD), x_Bz)

@@ -6,6 +6,7 @@ from torch import nn
 from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.blocks import InstanceGuidedMask, MaskBlock, MaskOnlyBlock, NoMask
 from masknet.config import MaskNetConfig
+from masknet.kernels.dispatch import normed, normed_embedding
 from masknet.norms import make_norm
 from masknet.norms.base import Affine, Norm
 from masknet.norms.none import NoNorm
@@ -57,7 +58,17 @@ class PartialNorm(Norm):
         return x_BFd.index_copy(1, self.fields, normed_BNd)
 
     def fold(self) -> Affine | None:
-        inner = self.norm.fold()
+        return self._spread(self.norm.fold())
+
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """The core of the chosen fields; the others as they are."""
+        return x.index_copy(1, self.fields, self.norm.core(x.index_select(1, self.fields)))
+
+    def separated(self) -> Affine | None:
+        return self._spread(self.norm.separated())
+
+    def _spread(self, inner: Affine | None) -> Affine | None:
+        """The affine of the chosen fields as one of all fields."""
         if inner is None:
             return None
         scale, shift = inner.scale.new_ones(self.shape), inner.scale.new_zeros(self.shape)
@@ -90,10 +101,11 @@ class SerialMaskNet(nn.Module):
     def forward(self, emb_BFd: torch.Tensor) -> torch.Tensor:
         """Logits [B]."""
         raw_BD = emb_BFd.flatten(1)
-        x_Bz = self.embedding_norm(emb_BFd, instance=raw_BD).flatten(1)
+        x_Bz = normed_embedding(self.embedding_norm, emb_BFd, raw_BD)
         for block in self.blocks:
             x_Bz = block(x_Bz, raw_BD)
-        logit_B: torch.Tensor = self.logit(self.final_norm(x_Bz, instance=raw_BD)).squeeze(-1)
+        assert isinstance(x_Bz, torch.Tensor)  # since the first block has multiplied
+        logit_B: torch.Tensor = self.logit(normed(self.final_norm, x_Bz, raw_BD)).squeeze(-1)
         return logit_B
 
 
@@ -120,13 +132,16 @@ class ParallelMaskNet(nn.Module):
     def forward(self, emb_BFd: torch.Tensor) -> torch.Tensor:
         """Logits [B]."""
         raw_BD = emb_BFd.flatten(1)
-        normed_BD = self.embedding_norm(emb_BFd, instance=raw_BD).flatten(1)
+        normed_BD = normed_embedding(self.embedding_norm, emb_BFd, raw_BD)
         hidden_BKh = torch.cat([block(normed_BD, raw_BD) for block in self.blocks], dim=1)
         logit_B: torch.Tensor = self.logit(self.head(hidden_BKh)).squeeze(-1)
         return logit_B
 
 
-def build_network(config: MaskNetConfig, num_fields: int, raw: tuple[int, ...] = ()) -> SerialMaskNet | ParallelMaskNet:
+Network = SerialMaskNet | ParallelMaskNet
+
+
+def build_network(config: MaskNetConfig, num_fields: int, raw: tuple[int, ...] = ()) -> Network:
     """The network that `config` describes, for embeddings [B, num_fields, embedding_dim].
 
     Args:

@@ -10,8 +10,7 @@ from torch import nn
 
 from masknet.blocks import MaskBlock, effective_weight
 from masknet.config import MaskNetConfig
-from masknet.folding import as_module
-from masknet.networks import ParallelMaskNet, PartialNorm, SerialMaskNet
+from masknet.networks import Network, PartialNorm
 from masknet.norms.affine import AffineOnly
 from masknet.norms.base import Affine, Norm
 from masknet.norms.layer import LayerNorm
@@ -20,8 +19,6 @@ from masknet.norms.running import mean_over_rows
 
 FIRST, LAST = 0.1, 0.6  # shares of training after which the first and the last norm are frozen
 _KEEP = 0.9
-
-Network = SerialMaskNet | ParallelMaskNet
 
 
 class FreezingNorm(Norm):
@@ -130,6 +127,13 @@ def _fold_hidden(block: MaskBlock) -> None:
     linear = nn.Linear(old.in_features, old.out_features, bias=False).to(weight)
     linear.weight.copy_(weight)
     block.linear, block.norm = linear, as_module(_remaining(norm), norm)
+
+
+def as_module(affine: Affine, norm: Norm) -> AffineOnly:
+    """An affine as a norm of its own."""
+    module = AffineOnly(norm.shape, eps=norm.eps).to(affine.scale)
+    module.load_state_dict({"weight": affine.scale, "bias": affine.shift})
+    return module
 
 
 def _fold_embedding(owner: nn.Module, name: str) -> bool:

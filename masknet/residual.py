@@ -21,6 +21,7 @@ from torch import nn
 from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.blocks import StandardizedLinear
 from masknet.config import MaskNetConfig
+from masknet.kernels.dispatch import normed
 from masknet.norms import make_norm
 from masknet.norms.base import Norm
 from masknet.norms.none import NoNorm
@@ -57,11 +58,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_Bh: torch.Tensor, raw_BD: torch.Tensor) -> torch.Tensor:
         """The next residual stream [B, h]."""
-        inner_Bh = self.norm_in(x_Bh, instance=raw_BD) * self.input_scale
+        inner_Bh = normed(self.norm_in, x_Bh, raw_BD) * self.input_scale
         branch_Bh = self.dropout(self.activation(self.linear(self.mask(raw_BD) * inner_Bh)))
-        branch_Bh = self.norm_out(branch_Bh, instance=raw_BD)
-        out_Bh: torch.Tensor = self.norm_after(x_Bh + self.branch_scale * branch_Bh, instance=raw_BD)
-        return out_Bh
+        branch_Bh = normed(self.norm_out, branch_Bh, raw_BD)
+        return normed(self.norm_after, x_Bh + self.branch_scale * branch_Bh, raw_BD)
 
     def extra_repr(self) -> str:
         return f"input_scale={self.input_scale:.4g}, branch_scale={self.branch_scale:.4g}"

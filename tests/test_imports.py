@@ -16,7 +16,7 @@ ALLOWED = {
 }
 FORBIDDEN_LIBRARIES = {
     "features": {"mlflow", "bentoml", "starlette", "httpx"},
-    "masknet": {"mlflow", "bentoml", "starlette", "httpx", "pathlib", "os"},
+    "masknet": {"mlflow", "bentoml", "starlette", "httpx", "pathlib", "os"},  # but for one environment variable
     "training": {"starlette"},
 }
 

@@ -32,8 +32,12 @@ class AffineOnly(Norm):
     def fold(self) -> Affine | None:
         return None if self.centred else self.separated()
 
-    def formula(self) -> Formula | None:
-        return None if self.centred else Formula("affine", self.weight, self.bias)
+    @property
+    def has_formula(self) -> bool:
+        return not self.centred
+
+    def formula(self, x: torch.Tensor) -> Formula:
+        return Formula("affine", self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, centred={self.centred}"

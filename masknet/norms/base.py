@@ -55,6 +55,7 @@ class Norm(nn.Module):
     default_eps: ClassVar[float] = 1e-5
     replaces_activation: ClassVar[bool] = False  # whether no activation follows it, because it contains one
     scale_invariant: ClassVar[bool] = False  # whether c · x, c > 0, gives what x gives, but for eps
+    odd: ClassVar[bool] = False  # whether signs pass through its core: core(s ⊙ x) = s ⊙ core(x), s of ±1
     conditional: ClassVar[bool] = False  # whether the constructor takes instance_width, the width D of `instance`
 
     def __init__(self, shape: tuple[int, ...], *, eps: float) -> None:
@@ -90,10 +91,23 @@ class Norm(nn.Module):
         """γ and β where the norm in evaluation is γ ⊙ core(x) + β with the same γ and β for every row."""
         return self.fold()
 
-    def formula(self) -> Formula | None:
-        """The norm as it is now, in training or evaluation, for a kernel; None where no kernel has it."""
-        affine = None if self.training else self.fold()
-        return None if affine is None else Formula("affine", affine.scale, affine.shift)
+    @property
+    def has_formula(self) -> bool:
+        """Whether a kernel can compute the norm as it is now."""
+        return False
+
+    def formula(self, x: torch.Tensor) -> Formula:
+        """The norm of x as it is now, where it has one; in training, running statistics see x."""
+        raise NotImplementedError
+
+    @property
+    def has_fused_step(self) -> bool:
+        """Whether a kernel of the norm's own can compute the next step of training."""
+        return False
+
+    def fused_step(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(norm(x)) by that kernel; the activation is "none" or "relu"."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.shape}, eps={self.eps}"
@@ -102,8 +116,8 @@ class Norm(nn.Module):
 class RowNorm(Norm):
     """y = γ ⊙ core(x) + β where core looks at one row by itself, over the last axis."""
 
-    kind: ClassVar[str]  # what kernels call it
-    odd: ClassVar[bool] = True  # whether entries' signs pass through core, rows of mean 0 given
+    kind: ClassVar[str] = ""  # what kernels call it, if they have it
+    odd = True
     biased: ClassVar[bool] = True
     bias: torch.Tensor | None
 
@@ -125,7 +139,11 @@ class RowNorm(Norm):
         weight = self.weight.detach()
         return Affine(weight, torch.zeros_like(weight) if self.bias is None else self.bias.detach())
 
-    def formula(self) -> Formula | None:
+    @property
+    def has_formula(self) -> bool:
+        return bool(self.kind)
+
+    def formula(self, x: torch.Tensor) -> Formula:
         return Formula(self.kind, self.weight, self.bias, *self.kernel_arguments())
 
     def kernel_arguments(self) -> tuple[torch.Tensor | None, float]:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from masknet.norms.base import Affine, Norm, Share
+from masknet.norms.base import Affine, Formula, Norm, Share
 from masknet.norms.layer import LayerNorm
 from masknet.norms.running import RunningNorm, mean_over_rows
 
@@ -32,11 +32,24 @@ class BatchNorm(RunningNorm):
         """BN(x)."""
         if not self.training:
             return self.evaluated(x)
+        centred, _, scale = self._step(x)
+        return torch.addcmul(self.bias, centred, scale)
+
+    def _step(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x − mean, the mean, and γ over the deviation; running means see x."""
         rows, mean = mean_over_rows(x)
         centred = x - mean
         variance = mean_over_rows(centred.square()).value
         self._update(rows, mean, variance)
-        return centred * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias
+        return centred, mean, torch.rsqrt(variance + self.eps) * self.weight
+
+    has_formula = True
+
+    def formula(self, x: torch.Tensor) -> Formula:
+        if not self.training:
+            return super().formula(x)
+        _, mean, scale = self._step(x.float())
+        return Formula("affine", scale, self.bias, mean)
 
     def _update(self, rows: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
         pooled = self.pooled("batch", rows, mean, variance + mean.square())

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from masknet.norms.base import Count, Formula, RowNorm, variance
+from masknet.norms.base import Count, RowNorm, variance
 
 _MOST_GROUPS, _LEAST_WIDTH = 32, 16
 
@@ -32,9 +32,6 @@ class EvoNormS0(RowNorm):
         inverse = torch.rsqrt(variance(torch.unflatten(x, -1, groups)) + self.eps)
         swish = x * torch.sigmoid(x * self.slope)
         return (torch.unflatten(swish, -1, groups) * inverse).flatten(-2)
-
-    def formula(self) -> Formula | None:
-        return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}"

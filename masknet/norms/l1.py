@@ -17,6 +17,7 @@ class L1Norm(RowNorm):
     """
 
     kind = "l1"
+    odd = False  # other signs, another mean
     default_eps = 3e-3
     scale_invariant = True
 

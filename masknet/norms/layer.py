@@ -15,6 +15,7 @@ class LayerNorm(RowNorm):
     """
 
     kind = "layer"
+    odd = False  # other signs, another mean
     scale_invariant = True
 
     def core(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,8 +75,11 @@ class ConditionalLayerNorm(Norm):
         raw = instance.to(self.aggregate.weight.dtype)
         deltas = self.project(functional.relu(self.aggregate(raw))).to(x.dtype)
         scale, shift = deltas.view(-1, 2, *self.shape).unbind(1)
-        normed = functional.layer_norm(x, self.shape[-1:], eps=self.eps)
-        return normed * (self.weight + scale) + self.bias + shift
+        return self.core(x) * (self.weight + scale) + self.bias + shift
+
+    def core(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer norm before the instance's affine."""
+        return functional.layer_norm(x, self.shape[-1:], eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.aggregate.out_features}"

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from masknet.norms.base import Affine, Count, Share, Steps
-from masknet.norms.running import Mean, RunningNorm, mean_over_rows, num_ranks
+from masknet.kernels import dispatch
+from masknet.norms.base import Affine, Count, Formula, Share, Steps
+from masknet.norms.running import Mean, RunningNorm, mean_of, mean_over_rows, num_ranks
 
 
 class PowerBase(RunningNorm):
@@ -60,9 +61,19 @@ class PowerNormV(PowerBase):
         super().__init__(shape, eps=eps, alpha=alpha)
 
     def normalize_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self._inverse(x)
+
+    def _inverse(self, x: torch.Tensor) -> torch.Tensor:
         power = mean_over_rows(x.square())
         self.update_power(power)
-        return x * torch.rsqrt(power.value + self.eps)
+        return torch.rsqrt(power.value + self.eps)
+
+    has_formula = True
+
+    def formula(self, x: torch.Tensor) -> Formula:
+        if not self.training:
+            return super().formula(x)
+        return Formula("affine", self.weight * self._inverse(x.float()), self.bias)
 
 
 class PowerNorm(PowerBase):
@@ -83,6 +94,7 @@ class PowerNorm(PowerBase):
     ν is kept in units of the mean loss over ranks, so that it does not depend on their number.
     """
 
+    odd = True
     ema_gradient: torch.Tensor
 
     def __init__(
@@ -119,6 +131,20 @@ class PowerNorm(PowerBase):
         inverse = torch.rsqrt(used + self.eps)
         z: torch.Tensor = _DividedByPower.apply(x, inverse, self, warming_up)  # type: ignore[no-untyped-call]
         return z
+
+    @property
+    def has_formula(self) -> bool:
+        return self.group_scaling is None and not self.training
+
+    @property
+    def has_fused_step(self) -> bool:
+        return self.training and self.group_scaling is None and int(self.steps) >= self.warmup_steps
+
+    def fused_step(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        fused: torch.Tensor = _FusedPower.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, self, activation
+        )
+        return fused
 
     def update_gradient(self, rows: torch.Tensor, power: torch.Tensor, product: torch.Tensor) -> None:
         """Move ν on, by Γ and Λ over the rows of all ranks."""
@@ -161,3 +187,32 @@ class _DividedByPower(torch.autograd.Function):
         estimate = means[1] if ctx.exact else norm.ema_gradient * num_ranks()
         norm.update_gradient(rows, means[0], means[1])
         return (g - estimate * z) * inverse, None, None, None
+
+
+class _FusedPower(torch.autograd.Function):
+    """PowerNorm and its activation after warm-up, by kernels that take the statistics beside their output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm: PowerNorm, activation: str
+    ) -> torch.Tensor:
+        inverse = torch.rsqrt(norm.running_power + norm.eps)
+        out, squares = dispatch.power_norm_act(x, inverse, weight, bias, activation)
+        power = mean_of(squares, x.shape[0])
+        norm.update_power(power)
+        ctx.save_for_backward(x, inverse, weight, bias, power.value)
+        ctx.norm, ctx.activation = norm, activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, inverse, weight, bias, power = ctx.saved_tensors
+        norm: PowerNorm = ctx.norm
+        estimate = norm.ema_gradient * num_ranks()
+        dx, dweight, dbias, products = dispatch.power_norm_act_backward(
+            dy, x, inverse, weight, bias, estimate, ctx.activation
+        )
+        rows, product = mean_of(products, x.shape[0])
+        norm.update_gradient(rows, power * inverse.square(), product)
+        return dx, dweight, dbias, None, None

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
 
-from masknet.norms.base import Affine, Norm
+from masknet.norms.base import Affine, Formula, Norm
 
 
 def num_ranks() -> int:
@@ -52,7 +52,12 @@ class Mean(NamedTuple):
 
 def mean_over_rows(x: torch.Tensor) -> Mean:
     """Mean of each channel over the rows of all processes; 0 where there are no rows. Differentiable."""
-    total, rows = x.sum(0), torch.full((1,), float(x.shape[0]), dtype=x.dtype, device=x.device)
+    return mean_of(x.sum(0), x.shape[0])
+
+
+def mean_of(total: torch.Tensor, num_rows: int) -> Mean:
+    """`mean_over_rows` of a sum over this process's rows."""
+    rows = torch.full((1,), float(num_rows), dtype=total.dtype, device=total.device)
     if num_ranks() > 1:
         summed = sum_over_ranks(torch.cat([total.flatten(), rows]))
         total, rows = summed[:-1].view(total.shape), summed[-1:].detach()
@@ -78,6 +83,14 @@ class RunningNorm(Norm):
         """The norm of x in evaluation."""
         affine = self.affine()
         return torch.addcmul(affine.shift, x, affine.scale)
+
+    @property
+    def has_formula(self) -> bool:
+        return not self.training
+
+    def formula(self, x: torch.Tensor) -> Formula:
+        affine = self.affine()
+        return Formula("affine", affine.scale, affine.shift)
 
     def fold(self) -> Affine | None:
         affine = self.affine()

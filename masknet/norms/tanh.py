@@ -104,9 +104,11 @@ class SeeDNorm(Norm):
         scale = (gate * torch.unflatten(self.alpha, -1, parts)).flatten(-2) + self.weight
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * scale
 
-    def formula(self) -> Formula | None:
-        if self.heads > 1 or len(self.shape) > 1:
-            return None
+    @property
+    def has_formula(self) -> bool:
+        return self.heads == 1 and len(self.shape) == 1
+
+    def formula(self, x: torch.Tensor) -> Formula:
         return Formula("seednorm", self.weight, extra=torch.stack([self.alpha, self.beta]))
 
     def extra_repr(self) -> str:

@@ -5,7 +5,6 @@ zero in one channel and negative in another. Legend: B rows, F fields, d embeddi
 """
 
 import math
-from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -13,14 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from masknet.blocks import MaskBlock, StandardizedLinear
 from masknet.config import MaskNetConfig
-from masknet.folding import fold_affines
 from masknet.networks import PartialNorm, build_network
 from masknet.norms import make_norm, set_progress, settled_from
 from masknet.norms.affine import AffineOnly
 from masknet.norms.base import Norm
-from masknet.norms.batch import PRepBatchNorm
 from masknet.norms.none import NoNorm
 from masknet.removal import FreezingNorm, begin_removal, finish_removal
 
@@ -333,149 +329,3 @@ def test_removal_that_has_not_come_to_its_end(hidden: str, done: float, reason: 
     set_progress(network, done)
     with pytest.raises(ValueError, match=reason):
         finish_removal(network, config)
-
-
-# Folding.
-
-
-@pytest.mark.parametrize("silent", [False, True], ids=["", "silent channel"])
-@pytest.mark.parametrize(("kind", "standardized", "raw"), LAYOUTS)
-@pytest.mark.parametrize("name", AFFINES)
-def test_a_folded_network_equals_the_network(
-    kind: str, standardized: bool, raw: tuple[int, ...], name: str, silent: bool
-) -> None:
-    config = configured(kind, weight_standardization=standardized, hidden_norm=name, embedding_norm=name)
-    network = network_of(config, raw, silent=silent)
-    folded = fold_affines(network)
-    assert not has_norms(folded)
-    assert all(isinstance(norm, AffineOnly | NoNorm | PartialNorm) for norm in norms_of(folded))
-    assert all(isinstance(block.norm, NoNorm) and type(block.linear) is nn.Linear for block in folded.blocks)
-    assert_same(folded, logits(network))
-
-
-# By name what a norm is in evaluation, as (scale, shift) of its state.
-FORMULAS: dict[str, Callable[[dict[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]] = {
-    "affine": lambda s: (s["weight"], s["bias"]),
-    "batch": lambda s: (
-        s["weight"] / np.sqrt(s["running_var"] + EPS),
-        s["bias"] - s["running_mean"] * s["weight"] / np.sqrt(s["running_var"] + EPS),
-    ),
-    "power_v": lambda s: (s["weight"] / np.sqrt(s["running_power"] + EPS), s["bias"]),
-    "power": lambda s: (s["weight"] / np.sqrt(s["running_power"] + EPS), s["bias"]),
-    "unified": lambda s: (s["weight"] / np.sqrt(s["running_power"] + EPS), s["bias"]),
-    "prepbn": lambda s: (
-        s["batch.weight"] / np.sqrt(s["batch.running_var"] + EPS) + s["slope"],
-        s["batch.bias"] - s["batch.running_mean"] * s["batch.weight"] / np.sqrt(s["batch.running_var"] + EPS),
-    ),
-}
-
-
-@pytest.mark.parametrize("standardized", [False, True])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_scale_and_shift_go_into_matrix_and_bias(name: str, standardized: bool) -> None:
-    config = configured("serial", weight_standardization=standardized, hidden_norm=name, embedding_norm=name)
-    network = network_of(config)
-    folded = fold_affines(network)
-
-    def formula(norm: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        return FORMULAS[name]({key: value.numpy() for key, value in norm.state_dict().items()})
-
-    for old, new in zip(network.blocks, folded.blocks, strict=True):
-        scale, shift = formula(old.norm)
-        weight = old.linear.weight.detach().numpy()
-        if standardized:
-            weight = (weight - weight.mean(1, keepdims=True)) / (weight.std(1, ddof=1, keepdims=True) + 1e-5)
-        np.testing.assert_allclose(new.linear.weight.detach(), scale[:, None] * weight, rtol=EXACT, atol=EXACT)
-        np.testing.assert_allclose(new.linear.bias.detach(), shift, rtol=EXACT, atol=EXACT)
-    scale, shift = formula(network.embedding_norm)
-    np.testing.assert_allclose(folded.embedding_norm.weight.detach(), scale, rtol=EXACT, atol=EXACT)
-    np.testing.assert_allclose(folded.embedding_norm.bias.detach(), shift, rtol=EXACT, atol=EXACT)
-
-
-@pytest.mark.parametrize("kind", ["serial", "parallel", "residual_serial"])
-@pytest.mark.parametrize("slot", ["embedding_norm", "hidden_norm"])
-@pytest.mark.parametrize("name", ["batch", "power_v", "power", "unified", "prepbn"])
-def test_one_slot_is_folded_and_the_other_stays(kind: str, slot: str, name: str) -> None:
-    network = network_of(configured(kind, **{slot: name}))
-    folded = fold_affines(network)
-    assert_same(folded, logits(network))
-    masked = [(a, b) for a, b in zip(network.blocks, folded.blocks, strict=True) if isinstance(a, MaskBlock)]
-    assert masked
-    if slot == "embedding_norm":
-        assert isinstance(folded.embedding_norm, AffineOnly)
-        assert all(type(new.norm) is type(old.norm) for old, new in masked)
-    else:
-        assert type(folded.embedding_norm) is type(network.embedding_norm)
-        assert all(isinstance(new.norm, NoNorm) for _, new in masked)
-    if kind == "residual_serial":  # a branch's norm stands before the mask: no W takes it over
-        assert type(folded.blocks[1].norm_in) is type(network.blocks[1].norm_in)
-        assert type(folded.final_norm) is type(network.final_norm)
-
-
-@pytest.mark.parametrize(
-    "slot",
-    [
-        "layer",
-        "rms",
-        "dyt",
-        "l1",
-        "evonorm_s0",
-        "conditional",
-        {"name": "power", "group_scaling": 2},
-        {"name": "prepbn", "warm": 0.5, "until": 0.99},
-    ],
-    ids=lambda slot: slot if isinstance(slot, str) else slot["name"],
-)
-def test_norms_that_are_no_affines_stay(slot: str | dict[str, object]) -> None:
-    config = configured("parallel", hidden_norm=slot, embedding_norm=slot, weight_standardization=True)
-    network = randomized(build_network(config, F)).eval()
-    set_progress(network, 0.7)  # in the middle of this prepbn's schedule
-    folded = fold_affines(network)
-    assert [type(norm) for norm in norms_of(folded)] == [type(norm) for norm in norms_of(network)]
-    assert all(type(block.linear) is nn.Linear and block.linear.bias is None for block in folded.blocks)
-    assert_same(folded, logits(network))
-
-
-def test_a_centred_embedding_affine_is_not_folded() -> None:
-    network = network_of(configured("serial", embedding_norm={"name": "affine", "centred": True}, hidden_norm="affine"))
-    folded = fold_affines(network)
-    assert isinstance(folded.embedding_norm, AffineOnly)
-    assert folded.embedding_norm.centred
-    assert_same(folded, logits(network))
-
-
-@pytest.mark.parametrize("name", AFFINES)
-def test_the_network_itself_is_left_alone(name: str) -> None:
-    config = configured("serial", hidden_norm=name, embedding_norm=name, weight_standardization=True)
-    network = network_of(config).train()
-    state = {key: value.clone() for key, value in network.state_dict().items()}
-    folded = fold_affines(network)
-    assert not folded.training
-    with torch.no_grad():
-        for parameter in folded.parameters():
-            parameter.zero_()
-    assert network.training
-    assert all(isinstance(block.linear, StandardizedLinear) for block in network.blocks)
-    assert network.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["serial", "parallel"])
-@pytest.mark.parametrize("name", AFFINES)
-def test_folding_in_fp32(kind: str, name: str) -> None:
-    network = network_of(configured(kind, hidden_norm=name, embedding_norm=name))
-    expected = logits(network)
-    folded = fold_affines(network.float())
-    with torch.no_grad():
-        found = folded(normal(50, F, D_FIELD, seed=1).float())
-    assert found.dtype == torch.float32
-    # 6e-8 for each rounding, of sums over a dozen products in five layers one after the other: some tens of them, and
-    # a few times that where terms larger than their sum cancel
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_prepbn_is_folded_when_its_schedule_is_over() -> None:
-    network = build_network(configured("serial", hidden_norm="prepbn"), F).eval()
-    for done, left in ((0.5, K), (0.8, 0)):
-        set_progress(network, done)
-        assert sum(isinstance(norm, PRepBatchNorm) for norm in norms_of(fold_affines(network))) == left

@@ -1,0 +1,112 @@
+"""The parts of a folded network.
+
+Legend: N candidates, F fields, d embedding width, C width of the context's embeddings, R of a candidate's, D = C + R,
+T units of all first layers that read the raw embedding, z width of what is masked, h block width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from masknet.folding.norms import FoldedNorm
+from masknet.folding.packed import PackedLinear
+
+
+class FirstLayers(nn.Module):
+    """relu(U V + b) of everything that reads the raw embedding V = [context, candidate]: one matrix, split by columns.
+
+    Args:
+        weights: U of each reader, [T_i, D].
+        biases: b of each, [T_i].
+        context_width: C.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], context_width: int) -> None:
+        super().__init__()
+        whole_TD = torch.cat(list(weights))
+        self.sizes = [len(weight) for weight in weights]
+        self.context = PackedLinear(whole_TD[:, :context_width], torch.cat(list(biases)))
+        self.candidates = PackedLinear(whole_TD[:, context_width:].contiguous(), None)
+        parts = torch.split(self.candidates.weight, self.sizes)
+        self.parts = nn.ModuleList(PackedLinear(part, None) for part in parts)
+
+    def forward(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden units [N, T_i] of each reader."""
+        bias_T = self.context(context_1C)[0]
+        if candidates_NR.device.type == "cpu":
+            # A GEMM for each: the next layer reads whole rows a third faster than slices of rows.
+            biases = torch.split(bias_T, self.sizes)
+            return [part(candidates_NR, "relu", bias=bias) for part, bias in zip(self.parts, biases, strict=True)]
+        hidden_NT: torch.Tensor = self.candidates(candidates_NR, "relu", bias=bias_T)
+        return list(torch.split(hidden_NT, self.sizes, dim=1))
+
+
+class FoldedBlock(nn.Module):
+    """activation(norm(W (m ⊙ x) + b)), or m ⊙ x where there is no W.
+
+    Args:
+        second: the mask's second layer; None for no mask.
+        reader: place of the mask's first layer among the first layers.
+        linear: W and b, or None.
+        norm: what is left of the norm before the activation.
+        activation: "none" or a name in `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self,
+        second: PackedLinear | None,
+        reader: int,
+        linear: PackedLinear | None,
+        norm: FoldedNorm,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        self.second, self.reader, self.linear, self.norm, self.activation = second, reader, linear, norm, activation
+
+    def forward(self, x_Nz: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Output [N, h] for x [N, z], which is not written to."""
+        masked_Nz = x_Nz if self.second is None else self.second(hidden[self.reader], times=x_Nz)
+        if self.linear is None:
+            return masked_Nz
+        if self.norm.trivial and self.activation in ("none", "relu"):
+            return self.linear(masked_Nz, self.activation)
+        return self.norm(self.linear(masked_Nz), hidden, self.activation)
+
+
+class FoldedResidual(nn.Module):
+    """R + scale · norm_out(branch), normed once more where the placement says so.
+
+    Args:
+        norm_in: what is left of the norm before the branch.
+        branch: the block.
+        norm_out: what is left behind its activation.
+        scale: of the branch, as far as it was not folded.
+        norm_after: what is left of the norm of the sum.
+    """
+
+    def __init__(
+        self, norm_in: FoldedNorm, branch: FoldedBlock, norm_out: FoldedNorm, scale: float, norm_after: FoldedNorm
+    ) -> None:
+        super().__init__()
+        self.norm_in, self.branch, self.norm_out, self.norm_after = norm_in, branch, norm_out, norm_after
+        self.scale = scale
+
+    def forward(self, stream_Nh: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The next residual stream [N, h]."""
+        branch_Nh = self.norm_out(self.branch(self.norm_in(stream_Nh, hidden), hidden), hidden)
+        return self.norm_after(torch.add(stream_Nh, branch_Nh, alpha=self.scale), hidden)
+
+
+class EmbeddingNorm(nn.Module):
+    """What is left of LN_EMB for some of the fields, [N, f·d] → [N, f·d]."""
+
+    def __init__(self, norm: FoldedNorm, dim: int) -> None:
+        super().__init__()
+        self.norm, self.dim = norm, dim
+
+    def forward(self, emb_ND: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The normalized embeddings, the input itself where nothing is left."""
+        if self.norm.trivial:
+            return emb_ND
+        return self.norm(torch.unflatten(emb_ND, 1, (-1, self.dim)), hidden).flatten(1)

@@ -1,0 +1,93 @@
+"""Linear layers for inference, on a CPU by oneDNN, with weights in its GEMM's layout and what follows in the epilogue.
+
+PyTorch's own fp32 product goes to MKL, which reaches half of oneDNN's rate on AMD's processors, and a ReLU or a product
+behind it reads and writes its output again. Elsewhere, and in other precisions, these are torch's linear layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+Activation = Literal["none", "relu"]
+
+
+def _has_onednn() -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class PackedLinear(nn.Module):
+    """W x + b with fixed weights, then a ReLU, or a product with something of the output's shape.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs] or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self._packed: torch.Tensor | None = None
+
+    def forward(
+        self,
+        x_NZ: torch.Tensor,
+        activation: Activation = "none",
+        *,
+        times: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Outputs [N, outputs].
+
+        Args:
+            x_NZ: inputs.
+            activation: what follows, where `times` is None.
+            times: multiplied with the output; [N, outputs] or [1, outputs].
+            bias: in place of the layer's own.
+        """
+        bias = self.bias if bias is None else bias
+        if self._uses_onednn(x_NZ):
+            return self._by_onednn(x_NZ, activation, times, bias)
+        out = functional.linear(x_NZ, self.weight, bias)
+        if times is not None:
+            return out.mul_(times)
+        return out.relu_() if activation == "relu" else out
+
+    def _uses_onednn(self, x_NZ: torch.Tensor) -> bool:
+        cpu = x_NZ.dtype == self.weight.dtype == torch.float32 and x_NZ.device.type == "cpu"
+        # a compiler lays weights out itself; oneDNN refuses empty matrices
+        return cpu and not torch.compiler.is_compiling() and x_NZ.numel() > 0 and _has_onednn()
+
+    def _by_onednn(
+        self, x_NZ: torch.Tensor, activation: Activation, times: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        linear: Any = torch.ops.mkldnn._linear_pointwise
+        out: torch.Tensor
+        if times is not None:
+            out = linear.binary(x_NZ, times, self._packed, bias, "mul")
+        else:
+            out = linear(x_NZ, self._packed, bias, activation, [], "")
+        return out
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # copies lay out their own
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} → {self.weight.shape[0]}, bias={self.bias is not None}"
