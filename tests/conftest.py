@@ -5,8 +5,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
-# Before anything imports these libraries: no usage reports from tests, no pickle, no noise.
+# Before anything imports these libraries: no usage reports from tests, no pickle, no noise; kernels interpreted where
+# there is no GPU.
 os.environ.update(
     {
         "BENTOML_DO_NOT_TRACK": "True",
@@ -14,6 +16,7 @@ os.environ.update(
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1",
     }
 )
 

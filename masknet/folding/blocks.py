@@ -5,12 +5,22 @@ T units of all first layers that read the raw embedding, z width of what is mask
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from masknet.folding.norms import FoldedNorm
 from masknet.folding.packed import PackedLinear
+from masknet.kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Outputs of the first layers: each reader's [N, T_i], and all in one [N, T] where they were computed so."""
+
+    parts: Sequence[torch.Tensor] = ()
+    whole_NT: torch.Tensor | None = None
 
 
 class FirstLayers(nn.Module):
@@ -31,15 +41,16 @@ class FirstLayers(nn.Module):
         parts = torch.split(self.candidates.weight, self.sizes)
         self.parts = nn.ModuleList(PackedLinear(part, None) for part in parts)
 
-    def forward(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> list[torch.Tensor]:
-        """Hidden units [N, T_i] of each reader."""
+    def forward(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> Hidden:
+        """Hidden units of all readers."""
         bias_T = self.context(context_1C)[0]
-        if candidates_NR.device.type == "cpu":
+        if dispatch.on_cpu(candidates_NR):
             # A GEMM for each: the next layer reads whole rows a third faster than slices of rows.
             biases = torch.split(bias_T, self.sizes)
-            return [part(candidates_NR, "relu", bias=bias) for part, bias in zip(self.parts, biases, strict=True)]
+            parts = zip(self.parts, biases, strict=True)
+            return Hidden([part(candidates_NR, "relu", bias=bias) for part, bias in parts])
         hidden_NT: torch.Tensor = self.candidates(candidates_NR, "relu", bias=bias_T)
-        return list(torch.split(hidden_NT, self.sizes, dim=1))
+        return Hidden(torch.split(hidden_NT, self.sizes, dim=1), hidden_NT)
 
 
 class FoldedBlock(nn.Module):
@@ -64,14 +75,14 @@ class FoldedBlock(nn.Module):
         super().__init__()
         self.second, self.reader, self.linear, self.norm, self.activation = second, reader, linear, norm, activation
 
-    def forward(self, x_Nz: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x_Nz: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Output [N, h] for x [N, z], which is not written to."""
-        masked_Nz = x_Nz if self.second is None else self.second(hidden[self.reader], times=x_Nz)
+        masked_Nz = x_Nz if self.second is None else self.second(hidden.parts[self.reader], times=x_Nz)
         if self.linear is None:
             return masked_Nz
         if self.norm.trivial and self.activation in ("none", "relu"):
             return self.linear(masked_Nz, self.activation)
-        return self.norm(self.linear(masked_Nz), hidden, self.activation)
+        return self.norm(self.linear(masked_Nz), hidden.parts, self.activation)
 
 
 class FoldedResidual(nn.Module):
@@ -92,10 +103,10 @@ class FoldedResidual(nn.Module):
         self.norm_in, self.branch, self.norm_out, self.norm_after = norm_in, branch, norm_out, norm_after
         self.scale = scale
 
-    def forward(self, stream_Nh: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, stream_Nh: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """The next residual stream [N, h]."""
-        branch_Nh = self.norm_out(self.branch(self.norm_in(stream_Nh, hidden), hidden), hidden)
-        return self.norm_after(torch.add(stream_Nh, branch_Nh, alpha=self.scale), hidden)
+        branch_Nh = self.norm_out(self.branch(self.norm_in(stream_Nh, hidden.parts), hidden), hidden.parts)
+        return self.norm_after(torch.add(stream_Nh, branch_Nh, alpha=self.scale), hidden.parts)
 
 
 class EmbeddingNorm(nn.Module):
@@ -105,8 +116,12 @@ class EmbeddingNorm(nn.Module):
         super().__init__()
         self.norm, self.dim = norm, dim
 
-    def forward(self, emb_ND: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, emb_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """The normalized embeddings, the input itself where nothing is left."""
         if self.norm.trivial:
             return emb_ND
-        return self.norm(torch.unflatten(emb_ND, 1, (-1, self.dim)), hidden).flatten(1)
+        return self.norm(torch.unflatten(emb_ND, 1, (-1, self.dim)), hidden.parts).flatten(1)
+
+    def select(self, fields: Sequence[int]) -> "EmbeddingNorm":
+        """The same of some of the fields, by their places; none of a norm that looks at the whole row."""
+        return EmbeddingNorm(self.norm.select(fields), self.dim)

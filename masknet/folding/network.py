@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from masknet.folding.blocks import EmbeddingNorm, FirstLayers, FoldedBlock, FoldedResidual
+from masknet.folding.blocks import EmbeddingNorm, FirstLayers, FoldedBlock, FoldedResidual, Hidden
 from masknet.folding.explanation import Explanation
+from masknet.folding.grouped import grouped
 from masknet.folding.norms import FoldedNorm, activated
 from masknet.folding.packed import PackedLinear
 
@@ -26,10 +27,15 @@ class ParallelBody(nn.Module):
     def __init__(self, blocks: Sequence[FoldedBlock], head: Sequence[PackedLinear], activation: str) -> None:
         super().__init__()
         self.blocks, self.head, self.activation = nn.ModuleList(blocks), nn.ModuleList(head), activation
+        self.grouped = grouped(blocks)
 
-    def forward(self, x_ND: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Logits [N]."""
-        out = torch.cat([block(x_ND, hidden) for block in self.blocks], dim=1)
+        whole_NT = hidden.whole_NT
+        if self.grouped is not None and whole_NT is not None and self.grouped.takes(x_ND):
+            out = self.grouped(x_ND, whole_NT)
+        else:
+            out = torch.cat([block(x_ND, hidden) for block in self.blocks], dim=1)
         *layers, logit = self.head
         for layer in layers:
             out = layer(out, "relu") if self.activation == "relu" else activated(layer(out), self.activation)
@@ -46,11 +52,11 @@ class SerialBody(nn.Module):
         super().__init__()
         self.blocks, self.final_norm, self.logit = nn.ModuleList(blocks), final_norm, logit
 
-    def forward(self, x_Nz: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, x_Nz: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Logits [N]."""
         for block in self.blocks:
             x_Nz = block(x_Nz, hidden)
-        logit_N: torch.Tensor = self.logit(self.final_norm(x_Nz, hidden)).squeeze(1)
+        logit_N: torch.Tensor = self.logit(self.final_norm(x_Nz, hidden.parts)).squeeze(1)
         return logit_N
 
 
@@ -96,7 +102,7 @@ class ServingNetwork(nn.Module):
             ValueError: a width is wrong, or there is more than one context.
         """
         self._check(context_1C, candidates_NR)
-        hidden = [] if self.first is None else self.first(context_1C, candidates_NR)
+        hidden = Hidden() if self.first is None else self.first(context_1C, candidates_NR)
         logit_N: torch.Tensor = self.body(self._normed(context_1C, candidates_NR, normed_NR, hidden), hidden)
         return logit_N
 
@@ -109,7 +115,7 @@ class ServingNetwork(nn.Module):
         context_1C: torch.Tensor,
         candidates_NR: torch.Tensor,
         normed_NR: torch.Tensor | None,
-        hidden: Sequence[torch.Tensor],
+        hidden: Hidden,
     ) -> torch.Tensor:
         rows = candidates_NR.shape[0]
         if self.context_norm is None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from masknet.activations import ACTIVATIONS
+from masknet.folding.fields import select_fields
 from masknet.folding.packed import PackedLinear
 from masknet.kernels import dispatch
 from masknet.norms.base import Affine, Formula, Norm, RowNorm
@@ -52,7 +53,7 @@ class FoldedNorm(nn.Module):
         rows = self._rows(x)
         if rows is not None and dispatch.takes_kernel("hidden_norm_act", rows, dispatch.WIDEST_HIDDEN, self.norm):
             inside = activation if activation == "relu" else "none"
-            fused = dispatch.hidden_norm_act(self.formula(x), rows, self.norm.eps if self.norm else 0.0, inside)
+            fused = dispatch.hidden_norm_act(self.formula(x), rows, self.norm.eps if self.norm else 1.0, inside)
             return activated(fused.view(x.shape), "none" if inside == "relu" else activation)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         return activated(self.normalized(wide, hidden), activation).to(x.dtype)
@@ -81,6 +82,12 @@ class FoldedNorm(nn.Module):
             return core if self.shift is None else core + self.shift
         return core * self.scale if self.shift is None else torch.addcmul(self.shift, core, self.scale)
 
+    def select(self, fields: Sequence[int]) -> "FoldedNorm":
+        """What is left for some of the fields, by their places."""
+        part = FoldedNorm(None if self.norm is None else select_fields(self.norm, fields), None)
+        part.scale, part.shift = (None if each is None else each[list(fields)] for each in (self.scale, self.shift))
+        return part
+
     def extra_repr(self) -> str:
         return f"scale={self.scale is not None}, shift={self.shift is not None}"
 
@@ -95,6 +102,11 @@ class WholeNorm(FoldedNorm):
         """The norm's own."""
         assert self.norm is not None
         return self.norm.formula(x)
+
+    def select(self, fields: Sequence[int]) -> "WholeNorm":
+        """The norm of some of the fields."""
+        assert self.norm is not None
+        return WholeNorm(select_fields(self.norm, fields))
 
     def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm of x."""

@@ -27,6 +27,7 @@ _RUNS = _TRITON and (_INTERPRETED or torch.cuda.is_available())
 if _RUNS:
     from masknet.kernels import embedding_norm_mask as _embedding
     from masknet.kernels import hidden_norm_act as _hidden
+    from masknet.kernels import maskblock_gemm as _gemm
     from masknet.kernels import power_norm_act as _power
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,13 +72,18 @@ def takes_kernel(operation: str, x: torch.Tensor, widest: int, norm: Norm | None
     reason = _reason_for_eager(x, widest)
     if not reason and norm is not None and not norm.has_formula:
         reason = "the norm has no kernel"
-    if not torch.compiler.is_compiling():
-        what = operation if norm is None else f"{operation} of {type(norm).__name__}"
-        case = (what, reason, x.device.type, x.dtype, x.shape[-1])
-        if case not in _said:
-            _said.add(case)
-            log.debug("%s, %s, %s, rows of %d: %s", *case[:1], *case[2:], f"eager, {reason}" if reason else "fused")
+    _say(operation if norm is None else f"{operation} of {type(norm).__name__}", x, reason)
     return not reason
+
+
+def _say(what: str, x: torch.Tensor, reason: str) -> None:
+    """Once for each case; compilers do not follow logging."""
+    case = (what, reason, x.device.type, x.dtype, x.shape[-1])
+    if torch.compiler.is_compiling() or case in _said:
+        return
+    _said.add(case)
+    path = f"eager, {reason}" if reason else "fused"
+    log.debug("%s, %s, %s, rows of %d: %s", what, x.device.type, x.dtype, x.shape[-1], path)
 
 
 def _reason_for_eager(x: torch.Tensor, widest: int) -> str:
@@ -168,6 +174,37 @@ def hidden_norm_act(
         x_Bh, weight, bias, extra, formula.kind, eps, formula.constant, activation, dropout, seed
     )
     return out_Bh
+
+
+def on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is computed on by a CPU's own means, and not by a GPU or what stands for one in tests."""
+    return x.device.type == "cpu" and not (_INTERPRETED and _mode == "fused")
+
+
+def takes_gemms(x_ND: torch.Tensor, width: int) -> bool:
+    """Whether the products of blocks of `width` go to `mask_project` and `block_gemm`."""
+    reason = _reason_for_eager(x_ND, x_ND.shape[-1])
+    if not reason and width > WIDEST_GEMM:
+        reason = f"blocks are wider than {WIDEST_GEMM}"
+    if not reason and _mode == "auto":
+        case = torch.cuda.get_device_capability(x_ND.device), x_ND.dtype
+        least, most = MEASURED_GEMMS.get(case, (0, -1))
+        if not least <= x_ND.shape[0] <= most:
+            reason = "cuBLAS was not measured to be slower"
+    _say("mask_project and block_gemm", x_ND, reason)
+    return not reason
+
+
+def mask_project(*arguments: Any) -> torch.Tensor:
+    """`masknet.kernels.maskblock_gemm.mask_project`."""
+    out: torch.Tensor = _gemm.mask_project(*arguments)
+    return out
+
+
+def block_gemm(*arguments: Any) -> torch.Tensor:
+    """`masknet.kernels.maskblock_gemm.block_gemm`."""
+    out: torch.Tensor = _gemm.block_gemm(*arguments)
+    return out
 
 
 def power_norm_act(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

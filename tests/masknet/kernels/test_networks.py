@@ -1,0 +1,188 @@
+"""Networks through the kernels: fused gives what eager gives, in training and folded, and says which it took.
+
+Legend: B rows, F fields, d embedding width.
+"""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from masknet.config import MaskNetConfig
+from masknet.folding import fold
+from masknet.kernels import dispatch
+from masknet.networks import build_network
+from masknet.norms import NORMS, make_norm, set_progress
+
+B, F, DIM = 12, 3, 8
+KINDS: list[dict[str, object]] = [
+    {"kind": "parallel", "head": (6,)},
+    {"kind": "serial", "head": ()},
+    {"kind": "residual_serial", "head": (), "placement": "peri"},
+]
+# Eager and fused sum in another order: 6e-8 a rounding, some hundreds of them, of terms of a size of some tens
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log() -> Iterator[None]:
+    dispatch._said.clear()
+    yield
+    dispatch._said.clear()
+
+
+def a_network(config: dict[str, object], raw: tuple[int, ...] = ()) -> torch.nn.Module:
+    torch.manual_seed(0)
+    base = {"embedding_dim": DIM, "block_width": 16, "blocks": 2, "reduction_ratio": 0.5}
+    network = build_network(MaskNetConfig.model_validate({**base, **config}), F, raw)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return network
+
+
+def embeddings(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(B, F, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def steps(network: torch.nn.Module, mode: dispatch.Mode, count: int = 3) -> list[torch.Tensor]:
+    """Logits, the embedding's gradient, and all parameters and buffers after some steps of training."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    seen = []
+    with dispatch.kernels(mode):
+        for step in range(count):
+            emb = (embeddings() * (1 + step)).requires_grad_()
+            set_progress(network, step / count)
+            logit_B = network.train()(emb)
+            optimizer.zero_grad()
+            (logit_B.sigmoid() * torch.linspace(-1, 1, B)).sum().backward()
+            optimizer.step()
+            seen += [logit_B.detach(), emb.grad]
+    state = [value.float() for value in network.state_dict().values()]
+    return [*seen, *state]
+
+
+@pytest.mark.parametrize("config", KINDS[::2], ids=lambda config: str(config["kind"]))
+@pytest.mark.parametrize("norm", [name for name in NORMS if name not in ("none", "evonorm_s0")])
+def test_training_steps(norm: str, config: dict[str, object]) -> None:
+    slot: dict[str, object] = {"name": norm, "warmup_steps": 1} if norm == "power" else {"name": norm}
+    both = [
+        steps(a_network({**config, "hidden_norm": slot, "embedding_norm": slot}), mode) for mode in ("eager", "fused")
+    ]
+    for eager, fused in zip(*both, strict=True):
+        torch.testing.assert_close(fused, eager, **CLOSE)
+
+
+@pytest.mark.parametrize("switch", [{"mask": False}, {"activation": "elu"}, {"weight_standardization": True}], ids=str)
+def test_switches(switch: dict[str, object]) -> None:
+    for eager, fused in zip(
+        *(steps(a_network({**KINDS[0], **switch}), mode) for mode in ("eager", "fused")), strict=True
+    ):
+        torch.testing.assert_close(fused, eager, **CLOSE)
+
+
+def test_raw_fields_stay_as_they_are() -> None:
+    both = [steps(a_network(KINDS[1], raw=(1,)), mode) for mode in ("eager", "fused")]
+    for eager, fused in zip(*both, strict=True):
+        torch.testing.assert_close(fused, eager, **CLOSE)
+
+
+def test_autocast() -> None:
+    outs = []
+    for mode in ("eager", "fused"):
+        network = a_network(KINDS[0]).train()
+        with dispatch.kernels(mode), torch.autocast("cpu", torch.bfloat16):
+            outs.append(network(embeddings()))
+    # one rounding to 2⁻⁹ in another place, of logits of a size of 1
+    torch.testing.assert_close(outs[1].float(), outs[0].float(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_dropout_drops_and_scales(rate: float) -> None:
+    norm, x_Bh = make_norm("layer", (512,), eps=1e-5), torch.randn(200, 512)
+    dropout = torch.nn.Dropout(rate)
+    with dispatch.kernels("fused"):
+        dropped = dispatch.norm_act(norm, torch.nn.ReLU(), dropout.train(), x_Bh, x_Bh)
+        whole = dispatch.norm_act(norm, torch.nn.ReLU(), dropout.eval(), x_Bh, x_Bh)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], whole[kept] / (1 - rate), rtol=1e-5, atol=1e-6)
+    share = kept.sum() / (whole > 0).sum()
+    assert abs(float(share) - (1 - rate)) < 0.01  # 51,200 positive entries: a standard error of .002
+
+
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "evonorm_s0"])
+@pytest.mark.parametrize("config", KINDS[:2], ids=lambda config: str(config["kind"]))
+def test_folded(config: dict[str, object], norm: str) -> None:
+    network = a_network({**config, "hidden_norm": norm, "embedding_norm": norm}).eval()
+    set_progress(network, 1.0)
+    emb = embeddings()
+    emb[:, :1] = emb[0, :1].clone()
+    folded = fold(network, (0,))
+    with torch.no_grad():
+        expected = network(emb)
+        with dispatch.kernels("fused"):
+            out = folded(emb[:1, :1].flatten(1), emb[:, 1:].flatten(1))
+    torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def said(caplog: pytest.LogCaptureFixture, mode: dispatch.Mode, network: torch.nn.Module) -> list[str]:
+    caplog.set_level(logging.DEBUG, logger="masknet.kernels.dispatch")
+    dtype = next(network.parameters()).dtype
+    with dispatch.kernels(mode), torch.no_grad():
+        network(embeddings(dtype))
+        network(embeddings(dtype))
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_it_says_once_which_path_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    assert said(caplog, "fused", a_network(KINDS[1]).eval()) == [
+        "embedding_norm_mask of LayerNorm, cpu, torch.float32, rows of 8: fused",
+        "hidden_norm_act of LayerNorm, cpu, torch.float32, rows of 16: fused",
+        "hidden_norm_act of NoNorm, cpu, torch.float32, rows of 16: eager, the norm has no kernel",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "config", "reason"),
+    [
+        ("eager", KINDS[0], "eager, as MASKNET_KERNELS says"),
+        ("auto", KINDS[0], "eager, Triton's interpreter is for tests"),
+        (
+            "fused",
+            {**KINDS[0], "hidden_norm": "conditional", "embedding_norm": "conditional"},
+            "the norm has no kernel",
+        ),
+    ],
+)
+def test_it_says_why_not(
+    caplog: pytest.LogCaptureFixture, mode: dispatch.Mode, config: dict[str, object], reason: str
+) -> None:
+    messages = said(caplog, mode, a_network(config).eval())
+    assert len(messages) == 2
+    assert all(reason in message for message in messages)
+
+
+def test_double_precision_is_eager(caplog: pytest.LogCaptureFixture) -> None:
+    messages = said(caplog, "fused", a_network(KINDS[0]).double().eval())
+    assert all("eager, there is no kernel for torch.float64" in message for message in messages)
+
+
+def test_rows_too_wide_are_eager() -> None:
+    assert not dispatch.takes_kernel("hidden_norm_act", torch.zeros(1, 8193), dispatch.WIDEST_HIDDEN)
+
+
+def test_fused_is_an_error_where_no_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    with dispatch.kernels("fused"), pytest.raises(RuntimeError, match="kernels run on CUDA, not on cpu"):
+        a_network(KINDS[0])(embeddings())
+    monkeypatch.setattr(dispatch, "_TRITON", False)
+    monkeypatch.setattr(dispatch, "_RUNS", False)
+    with dispatch.kernels("fused"), pytest.raises(RuntimeError, match="Triton is not installed"):
+        a_network(KINDS[0])(embeddings())
+
+
+def test_unknown_modes() -> None:
+    with pytest.raises(ValueError, match="must be one of auto, fused, eager"), dispatch.kernels("fast"):  # type: ignore[arg-type]
+        pass
