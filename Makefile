@@ -7,15 +7,16 @@ LOCK   := requirements/cpu.txt
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
           --custom-compile-command "make lock"
 
-.PHONY: help demo test check serve lock clean setup
+.PHONY: help demo test test-long check serve lock clean setup
 
 help:
-	@echo "make demo    set up, then the whole way on MovieLens-100k: prepare, train, evaluate, promote, serve"
-	@echo "make serve   set up, then leave the demo's champion running on port 3000"
-	@echo "make test    set up, then run the tests"
-	@echo "make check   set up, then formatting, lint and types"
-	@echo "make lock    rewrite requirements/*.txt from pyproject.toml"
-	@echo "make clean   remove what the targets above made, .venv and runs included"
+	@echo "make demo       set up, then the whole way on MovieLens-100k: prepare, train, evaluate, promote, serve"
+	@echo "make serve      set up, then leave the demo's champion running on port 3000"
+	@echo "make test       set up, then run the tests, those marked long left out"
+	@echo "make test-long  set up, then run the tests marked long, under 45 minutes"
+	@echo "make check      set up, then formatting, lint and types"
+	@echo "make lock       rewrite requirements/*.txt from pyproject.toml"
+	@echo "make clean      remove what the targets above made, .venv and runs included"
 
 demo: setup
 	@$(BIN)/masknet demo
@@ -24,7 +25,10 @@ serve: setup
 	@$(BIN)/masknet serve models:/movielens-ranker@champion
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff format --check .

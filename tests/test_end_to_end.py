@@ -175,6 +175,7 @@ def test_a_taken_port_is_told(home: Home, served: tuple[str, subprocess.Popen[st
     assert f"port {port} on 127.0.0.1 cannot be used" in line
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line_and_leave_nothing(home: Home, tmp_path: Path) -> None:
     before = sorted(path.name for path in home.path.iterdir())
     schema = str(movielens.SCHEMA)

@@ -148,6 +148,7 @@ def test_new_rows_are_encoded_by_a_models_pipeline(home: Path) -> None:
         again.split("train")
 
 
+@pytest.mark.long
 def test_rows_without_a_training_only_column_can_be_judged(home: Path) -> None:
     raw = pl.read_csv(home / "raw.csv", infer_schema=False).tail(500)
     scores = []
@@ -176,6 +177,7 @@ def test_another_schema_than_the_models_is_refused(home: Path, trained: Bundle, 
             prepare(schema, {"test": [str(home / "raw.csv")]}, tmp_path / "d", pipeline=trained.pipeline)
 
 
+@pytest.mark.long
 def test_two_processes_train_shared_tables_and_values_alike(home: Path, config: Config) -> None:
     del config  # its fixture sets up the tests' own MLflow
     losses = [

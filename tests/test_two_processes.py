@@ -61,7 +61,7 @@ def losses(home: Path, run_id: str) -> np.ndarray:
                 "model.hidden_norm={name: unified, warmup_steps: 8}",
             ],
         ),
-        ("rowwise_adagrad", 0.02, []),
+        pytest.param("rowwise_adagrad", 0.02, [], marks=pytest.mark.long),
     ],
 )
 def test_loss_curve_and_model_are_those_of_one_process(

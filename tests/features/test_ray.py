@@ -72,6 +72,7 @@ def test_two_nodes_with_dying_workers_give_the_local_engines_files(
     assert hash_tree(tmp_path / "ray") == hash_tree(tmp_path / "local")
 
 
+@pytest.mark.long
 def test_the_command_takes_ray(tmp_path: Path, raw: Path) -> None:
     """Through the command line: an input error is one line here too, and leaves nothing behind."""
     command = [sys.executable, "-m", "training", "prepare", "schema.yaml", "--input", str(raw), "--out", "data"]

@@ -191,6 +191,7 @@ def test_a_process_that_dies_is_a_failed_cell_and_the_others_go_on(
     assert jobs[1].finished() is not None
 
 
+@pytest.mark.long
 def test_the_search_takes_the_rate_of_the_best_validation_loss(
     config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_the_search_takes_the_rate_of_the_best_validation_loss(
         run_ablate(options(data, tmp_path / "no", rates=out / "rates.json", grid=Grid(norms=("layer", "rms"))), QUIET)
 
 
+@pytest.mark.long
 def test_the_command_line(config: Config, data: Path, tmp_path: Path) -> None:
     words = ["ablate", str(CONFIG), "--data", str(data), "--norms", "layer,batchnorm", "--json"]
     answer = subprocess.run(

@@ -289,6 +289,7 @@ def test_norms_are_removed(
     assert saved.model.hidden_norm.name == "layer"  # the configuration of the run, not of what came out
 
 
+@pytest.mark.long
 def test_norms_are_removed_by_two_processes(
     first: Bundle, planted_data: Path, planted_set: PreparedDataset, tmp_path: Path
 ) -> None:
