@@ -10,6 +10,7 @@ import torch
 from features.batches import EncodedRows
 from features.columns import Rows
 from features.pipeline import FeaturePipeline
+from masknet.folding import fold
 from masknet.model import MaskNet
 
 ScoreN = npt.NDArray[np.float32]
@@ -21,13 +22,15 @@ class Scorer:
 
     Args:
         pipeline: what encodes the rows.
-        model: trained on rows so encoded.
+        model: trained on rows so encoded; its network is folded as it is now.
         sampling_rate: the kept share of negatives among those rows; 1 where none were dropped.
     """
 
     def __init__(self, pipeline: FeaturePipeline, model: MaskNet, sampling_rate: float) -> None:
         self.pipeline = pipeline
         self.model = model.eval()
+        self._network = fold(model.network)
+        self._no_context = torch.empty(1, 0)
         self._shift = math.log(sampling_rate)
 
     def score(self, rows: Rows) -> ScoreN:
@@ -41,5 +44,7 @@ class Scorer:
         with torch.inference_mode():
             for start in range(0, rows.num_rows, CHUNK):
                 row_B = np.arange(start, min(start + CHUNK, rows.num_rows))
-                score_N[row_B] = (self.model(*rows.gather(row_B)) + self._shift).sigmoid().numpy()
+                emb_BD = self.model.embed(*rows.gather(row_B)).flatten(1)
+                logit_B = self._network(self._no_context, emb_BD).float()
+                score_N[row_B] = (logit_B + self._shift).sigmoid().numpy()
         return score_N
