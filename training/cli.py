@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
@@ -372,3 +374,24 @@ def serve(
     from serving.start import start
 
     start(model, host=host, port=port, workers=workers)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    out: Annotated[Path | None, typer.Option(help="JSON file of the result.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few runs of small sizes.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="One part of the benchmark. Repeatable.")
+    ] = None,
+) -> None:
+    """Time the fused kernels and whole networks, and what else could do their work, on the GPU if there is one.
+
+    On a CPU: folded networks and the norms by torch. A wrong PART is answered with the list of parts. The same as
+    `python -m training.bench.kernels`, which needs torch, triton, numpy and pydantic alone.
+
+        masknet bench kernels --out kernels.json
+        masknet bench kernels --only serving --only maskblock_gemm
+    """
+    from training.bench.kernels import run_kernels
+
+    run_kernels(out, quick, only or [])

@@ -58,7 +58,7 @@ class BatchNorm(RunningNorm):
         total, mean, square = pooled
         # E[x²] − E[x]² would lose digits, so of a step's only batch the variance is taken as it is.
         variance = variance.detach() if self.accumulation == 1 else (square - mean.square()).clamp(min=0)
-        self.steps += 1
+        self.count_step()
         share = self.share_of_new(self.momentum)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance * (total / (total - 1)), share)

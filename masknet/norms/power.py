@@ -41,7 +41,7 @@ class PowerBase(RunningNorm):
         """Move the running mean square on."""
         pooled = self.pooled("power", power.rows, power.value)
         if pooled is not None:
-            self.steps += 1
+            self.count_step()
             self.running_power.lerp_(pooled[1], self.share_of_new(1.0 - self.alpha))
 
     def extra_repr(self) -> str:
@@ -124,7 +124,7 @@ class PowerNorm(PowerBase):
         return (grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
 
     def normalize_rows(self, x: torch.Tensor) -> torch.Tensor:
-        warming_up = int(self.steps) < self.warmup_steps
+        warming_up = self.num_steps < self.warmup_steps
         power = mean_over_rows(x.detach().square())
         used = power.value if warming_up else self.running_power.clone()
         self.update_power(power)
@@ -138,7 +138,7 @@ class PowerNorm(PowerBase):
 
     @property
     def has_fused_step(self) -> bool:
-        return self.training and self.group_scaling is None and int(self.steps) >= self.warmup_steps
+        return self.training and self.group_scaling is None and self.num_steps >= self.warmup_steps
 
     def fused_step(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         fused: torch.Tensor = _FusedPower.apply(  # type: ignore[no-untyped-call]

@@ -57,10 +57,12 @@ def mean_over_rows(x: torch.Tensor) -> Mean:
 
 def mean_of(total: torch.Tensor, num_rows: int) -> Mean:
     """`mean_over_rows` of a sum over this process's rows."""
-    rows = torch.full((1,), float(num_rows), dtype=total.dtype, device=total.device)
     if num_ranks() > 1:
-        summed = sum_over_ranks(torch.cat([total.flatten(), rows]))
-        total, rows = summed[:-1].view(total.shape), summed[-1:].detach()
+        own = torch.full((1,), float(num_rows), dtype=total.dtype, device=total.device)
+        summed = sum_over_ranks(torch.cat([total.flatten(), own]))
+        total, rows = summed[:-1].view(total.shape), summed[-1].detach()
+    else:
+        rows = torch.tensor(float(num_rows), dtype=total.dtype)  # on the CPU, where reading it waits for nothing
     return Mean(rows, total / rows.clamp(min=1))
 
 
@@ -74,6 +76,21 @@ class RunningNorm(Norm):
         self.accumulation = 1  # batches in a step
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._seen: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        self._counted: tuple[torch.Tensor, int, int] | None = None  # `steps`, its version, and its value
+
+    @property
+    def num_steps(self) -> int:
+        """The value of `steps`, read from its device only when something else than `count_step` has changed it."""
+        seen = self._counted
+        if seen is None or seen[0] is not self.steps or seen[1] != self.steps._version:
+            seen = self._counted = (self.steps, self.steps._version, int(self.steps))
+        return seen[2]
+
+    def count_step(self) -> None:
+        """Move `steps` on."""
+        value = self.num_steps + 1
+        self.steps += 1
+        self._counted = (self.steps, self.steps._version, value)
 
     def affine(self) -> Affine:
         """What evaluation does, by the running statistics, in terms that gradients go through."""
@@ -115,7 +132,7 @@ class RunningNorm(Norm):
         So what a buffer held before the first step leaves no trace. Beside embeddings of variance 1e-4 the usual start
         at 1 would stand out for a hundred steps. Call it after `steps` was moved on.
         """
-        return max(share, 1.0 / max(1, int(self.steps)))
+        return max(share, 1.0 / max(1, self.num_steps))
 
 
 def set_accumulation(network: torch.nn.Module, batches: int) -> None:

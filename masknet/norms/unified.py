@@ -57,7 +57,7 @@ class UnifiedNorm(PowerBase):
         """UN(x)."""
         if not self.training:
             return self.evaluated(x)
-        step = int(self.steps) + 1
+        step = self.num_steps + 1
         rows, power = mean_over_rows(x.detach().square())
         smooth = step > self.window and step >= self.warmup_steps
         used, skip = self._smoothed(power, step) if smooth else (power, False)
@@ -95,7 +95,7 @@ class UnifiedNorm(PowerBase):
         if self.accumulation > 1:
             power = pooled[1]
             used, skip = self._smoothed(power, step) if smooth else (power, False)
-        self.steps += 1
+        self.count_step()
         self.power_window[step % self.window] = self.running_power if skip else power
         self.running_power.lerp_(used, self.share_of_new(1.0 - self.alpha))
 

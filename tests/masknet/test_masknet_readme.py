@@ -18,6 +18,7 @@ TABLE = {
     name: (re.findall(r"`(\w+)`", parameters), left)
     for name, parameters, left in re.findall(r"^\| `(\w+)` \| .*? \| (.*?) ?\| (.*?) \|$", README, re.M)
 }
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_every_norm_is_in_the_table_with_its_parameters() -> None:
@@ -36,7 +37,7 @@ def test_what_is_left_at_serving(name: str) -> None:
 
 
 def test_the_example_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    [source] = re.findall(r"```python\n(.*?)```", README, re.S)
+    [source] = [block for block in EXAMPLES if "class ScaleOnlyNorm" in block]
     module = types.ModuleType("masknet.norms.scale_only")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "scale_only.py", "exec"), module.__dict__)
@@ -56,3 +57,10 @@ def test_the_example_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -
     assert all(parameter.grad is not None for parameter in network.parameters())
     with pytest.raises(ValueError, match="start: Input should be greater than 0"):
         MaskNetConfig.model_validate({"hidden_norm": {"name": name, "start": -1}})
+
+
+def test_the_explanation_is_what_the_example_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    [source] = [block for block in EXAMPLES if "explain" in block]
+    exec(compile(source, "explain.py", "exec"), {})
+    [printed] = re.findall(r"```text\n(.*?)```", README, re.S)
+    assert capsys.readouterr().out == printed

@@ -673,3 +673,18 @@ def test_export(case: str, shape: tuple[int, ...]) -> None:
         other = torch.from_numpy(some_rows(rng, rows, shape)[0])
         # the same operators, which may be put together: a rounding of fp64
         close(exported.module()(other), norm(other).detach(), 1e-14)
+
+
+def test_the_count_of_steps_follows_whatever_changes_it() -> None:
+    norm = make_norm("batch", (3,), eps=EPS).train()
+    for expected in (1, 2):
+        norm(torch.randn(4, 3))
+        assert norm.num_steps == int(norm.steps) == expected
+    other = copy.deepcopy(norm)
+    other(torch.randn(4, 3))
+    assert (norm.num_steps, other.num_steps) == (2, 3)
+    norm.steps.fill_(70)
+    assert norm.num_steps == 70
+    norm.load_state_dict(other.state_dict())
+    assert norm.num_steps == 3
+    assert norm.double().num_steps == int(norm.steps) == 3
