@@ -14,7 +14,7 @@ from masknet.folding import fold
 from masknet.model import MaskNet
 
 ScoreN = npt.NDArray[np.float32]
-CHUNK = 8192  # rows at once: bounds memory; a row's score does not depend on it beyond fp32 rounding
+CHUNK = 2048  # rows at once: bounds memory, and what a layer leaves fits the cache; of no consequence but for rounding
 
 
 class Scorer:

@@ -3,8 +3,8 @@
 Legend: N candidates, K blocks, t units of a mask, z width of what is masked, h block width.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from masknet.folding.blocks import FoldedBlock
 from masknet.kernels import dispatch
 from masknet.norms.base import RowNorm
 
-_KINDS = ("rms", "l1", "dyt", "bhyt")
+_KINDS = ("rms", "l1", "bhyt")
 
 
 class Form(NamedTuple):
@@ -42,6 +42,7 @@ class GroupedBlocks(nn.Module):
     def __init__(self, blocks: Sequence[FoldedBlock], form: Form) -> None:
         super().__init__()
         self.form = form
+        self._aligned: tuple[torch.Tensor, torch.Tensor] | None = None  # as the kernels like to read the weights
         self._stack("second_weight", [block.second for block in blocks], "weight")
         self._stack("second_bias", [block.second for block in blocks], "bias")
         self._stack("weight", [block.linear for block in blocks], "weight")
@@ -71,9 +72,16 @@ class GroupedBlocks(nn.Module):
     def forward(self, x_ND: torch.Tensor, hidden_NT: torch.Tensor) -> torch.Tensor:
         """Outputs of all blocks [N, K·h] of what is masked and of the masks' hidden units [N, K·t]."""
         form = self.form
-        masked_NKz = dispatch.mask_project(hidden_NT, self.second_weight, self.second_bias, x_ND.new_empty(0), x_ND)
-        weights = (self.weight, self.bias, self.scale, self.shift, self.extra_K)
-        return dispatch.block_gemm(masked_NKz, *weights, form.kind, form.eps, form.constant, form.activation)
+        if self._aligned is None:
+            self._aligned = dispatch.align_rows(self.second_weight), dispatch.align_rows(self.weight)
+        second_KZt, weight_KhZ = self._aligned
+        masked_NKz = dispatch.mask_project(hidden_NT, second_KZt, self.second_bias, x_ND.new_empty(0), x_ND)
+        rest = (self.bias, self.scale, self.shift, self.extra_K)
+        return dispatch.block_gemm(masked_NKz, weight_KhZ, *rest, form.kind, form.eps, form.constant, form.activation)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._aligned = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def grouped(blocks: Sequence[FoldedBlock]) -> GroupedBlocks | None:

@@ -195,6 +195,12 @@ def takes_gemms(x_ND: torch.Tensor, width: int) -> bool:
     return not reason
 
 
+def align_rows(weight: torch.Tensor) -> torch.Tensor:
+    """`masknet.kernels.maskblock_gemm.align_rows`."""
+    aligned: torch.Tensor = _gemm.align_rows(weight)
+    return aligned
+
+
 def mask_project(*arguments: Any) -> torch.Tensor:
     """`masknet.kernels.maskblock_gemm.mask_project`."""
     out: torch.Tensor = _gemm.mask_project(*arguments)
