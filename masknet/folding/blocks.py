@@ -12,7 +12,6 @@ from torch import nn
 
 from masknet.folding.norms import FoldedNorm
 from masknet.folding.packed import PackedLinear
-from masknet.kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,21 @@ class FirstLayers(nn.Module):
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], context_width: int) -> None:
         super().__init__()
-        whole_TD = torch.cat(list(weights))
         self.sizes = [len(weight) for weight in weights]
-        self.context = PackedLinear(whole_TD[:, :context_width], torch.cat(list(biases)))
-        self.candidates = PackedLinear(whole_TD[:, context_width:].contiguous(), None)
+        weight_TD, bias_T = torch.cat(list(weights)), torch.cat(list(biases))
+        self.whole = PackedLinear(weight_TD, bias_T)
+        self.context = PackedLinear(weight_TD[:, :context_width], bias_T)
+        self.candidates = PackedLinear(weight_TD[:, context_width:], None)
         parts = torch.split(self.candidates.weight, self.sizes)
         self.parts = nn.ModuleList(PackedLinear(part, None) for part in parts)
 
     def forward(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> Hidden:
         """Hidden units of all readers."""
+        if candidates_NR.shape[0] == 1:  # all time goes into reading the weights, which is best done in one go
+            hidden_1T: torch.Tensor = self.whole(torch.cat([context_1C, candidates_NR], 1), "relu")
+            return Hidden(torch.split(hidden_1T, self.sizes, dim=1), hidden_1T)
         bias_T = self.context(context_1C)[0]
-        if dispatch.on_cpu(candidates_NR):
+        if self.candidates.uses_onednn(candidates_NR):
             # A GEMM for each: the next layer reads whole rows a third faster than slices of rows.
             biases = torch.split(bias_T, self.sizes)
             parts = zip(self.parts, biases, strict=True)
@@ -77,12 +80,13 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x_Nz: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Output [N, h] for x [N, z], which is not written to."""
-        masked_Nz = x_Nz if self.second is None else self.second(hidden.parts[self.reader], times=x_Nz)
-        if self.linear is None:
+        second, linear, norm, activation = self.second, self.linear, self.norm, self.activation
+        masked_Nz = x_Nz if second is None else second(hidden.parts[self.reader], times=x_Nz)
+        if linear is None:
             return masked_Nz
-        if self.norm.trivial and self.activation in ("none", "relu"):
-            return self.linear(masked_Nz, self.activation)
-        return self.norm(self.linear(masked_Nz), hidden.parts, self.activation)
+        if norm.trivial and activation in ("none", "relu"):
+            return linear(masked_Nz, activation)
+        return norm(linear(masked_Nz), hidden.parts, activation)
 
 
 class FoldedResidual(nn.Module):

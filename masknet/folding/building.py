@@ -14,7 +14,7 @@ from masknet.blocks import InstanceGuidedMask, MaskBlock, MaskOnlyBlock, effecti
 from masknet.folding.algebra import Matrix, beside_a_mask, past_relu
 from masknet.folding.blocks import FirstLayers, FoldedBlock
 from masknet.folding.explanation import FOLDED, Explanation, Note
-from masknet.folding.norms import FoldedConditional, FoldedNorm, WholeNorm
+from masknet.folding.norms import FoldedConditional, FoldedNorm, HiddenRMS, WholeNorm
 from masknet.folding.packed import PackedLinear
 from masknet.networks import PartialNorm
 from masknet.norms.base import Affine, Norm
@@ -115,7 +115,7 @@ class Builder:
             core = RMSNorm(norm.shape, eps=norm.eps).to(matrix.weight)
             self.notes.folded(place, "layer: its centring into W, so that rms is left")
         self.notes.kept(place, f"{name(core)}: looks at every row")
-        return self._past_relu(place, matrix, core, affine, moves)
+        return self._past_relu(place, matrix, core, affine, moves, centred=isinstance(norm, LayerNorm))
 
     def unfolded(self, place: str, norm: Norm) -> FoldedNorm:
         """A norm without an affine that is the same for all rows."""
@@ -138,17 +138,24 @@ class Builder:
         return FoldedConditional(core, packed(matrix), self.read(norm.aggregate))
 
     def _past_relu(
-        self, place: str, matrix: Matrix, core: Norm, affine: Affine, moves: str
+        self, place: str, matrix: Matrix, core: Norm, affine: Affine, moves: str, *, centred: bool
     ) -> tuple[FoldedNorm, Affine | None]:
         moved = past_relu(affine) if moves else None
         reason = _reason_to_keep(core, affine, moves)
         if moved is None or reason:
             if bool((affine.scale != 1).any()):
                 self.notes.kept(place, f"γ: {reason or 'β over γ would be too large'}")
-            return FoldedNorm(core, affine, overwrite=True), None
+            return _hidden(core, affine, centred), None
         matrix.scale_outputs(moved.sign)
         self.notes.folded(place, f"γ: past the ReLU into the next {_NEXT[moves]}, its signs into W, β over |γ|")
-        return FoldedNorm(core, Affine(torch.ones_like(moved.sign), moved.shift), overwrite=True), moved.owed
+        centred = centred and bool((moved.sign > 0).all())
+        return _hidden(core, Affine(torch.ones_like(moved.sign), moved.shift), centred), moved.owed
+
+
+def _hidden(core: Norm, affine: Affine, centred: bool) -> FoldedNorm:
+    if isinstance(core, RMSNorm):
+        return HiddenRMS(core, affine, centred=centred)
+    return FoldedNorm(core, affine, overwrite=True)
 
 
 _NEXT = {"linear": "linear layer", "mask": "mask's second layer"}

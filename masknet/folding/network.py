@@ -87,6 +87,7 @@ class ServingNetwork(nn.Module):
         self.context_norm, self.candidate_norm = context_norm, candidate_norm
         self.context_fields, self.candidate_fields = fields
         self.explanation = explanation
+        self.context_width, self.candidate_width = (candidate_norm.dim * len(part) for part in fields)
 
     def forward(
         self, context_1C: torch.Tensor, candidates_NR: torch.Tensor, normed_NR: torch.Tensor | None = None
@@ -130,9 +131,7 @@ class ServingNetwork(nn.Module):
         return torch.cat([self.context_norm(context_1C, hidden).expand(rows, -1), normed_NR], 1)
 
     def _check(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> None:
-        dim = self.candidate_norm.dim
-        left, right = dim * len(self.context_fields), dim * len(self.candidate_fields)
-        if tuple(context_1C.shape) != (1, left):
-            raise ValueError(f"the context must be [1, {left}], not {list(context_1C.shape)}")
-        if candidates_NR.dim() != 2 or candidates_NR.shape[1] != right:
-            raise ValueError(f"candidates must be [N, {right}], not {list(candidates_NR.shape)}")
+        if tuple(context_1C.shape) != (1, self.context_width):
+            raise ValueError(f"the context must be [1, {self.context_width}], not {list(context_1C.shape)}")
+        if candidates_NR.dim() != 2 or candidates_NR.shape[1] != self.candidate_width:
+            raise ValueError(f"candidates must be [N, {self.candidate_width}], not {list(candidates_NR.shape)}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from masknet.activations import ACTIVATIONS
 from masknet.folding.fields import select_fields
@@ -14,6 +15,9 @@ from masknet.folding.packed import PackedLinear
 from masknet.kernels import dispatch
 from masknet.norms.base import Affine, Formula, Norm, RowNorm
 from masknet.norms.rms import RMSNorm
+
+_LOW = (torch.bfloat16, torch.float16)
+_FEW = 50 * 400  # entries up to which the operations' number counts more than what they move
 
 
 class FoldedNorm(nn.Module):
@@ -34,11 +38,12 @@ class FoldedNorm(nn.Module):
         scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
         self.register_buffer("scale", None if scale is None or bool((scale == 1).all()) else scale)
         self.register_buffer("shift", None if shift is None or not bool(shift.any()) else shift)
-
-    @property
-    def trivial(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.norm is None and self.scale is None and self.shift is None
+        self.trivial = norm is None and self.scale is None and self.shift is None  # whether nothing is left to do
+        # whether a kernel for hidden vectors can do it: fields only if all are treated alike
+        shapes = [each.shape for each in (norm, self.scale, self.shift) if each is not None]
+        bare = self.scale is None and self.shift is None
+        alike = bare and isinstance(norm, RowNorm) and norm.kind in ("layer", "rms", "l1", "variance_only")
+        self._by_row = alike or any(len(shape) == 1 for shape in shapes)
 
     def forward(self, x: torch.Tensor, hidden: Sequence[torch.Tensor] = (), activation: str = "none") -> torch.Tensor:
         """What is left of the norm of x [N, *shape], then the activation.
@@ -50,13 +55,14 @@ class FoldedNorm(nn.Module):
         """
         if self.trivial:
             return activated(x if self.overwrite or activation == "none" else x.clone(), activation)
-        rows = self._rows(x)
-        if rows is not None and dispatch.takes_kernel("hidden_norm_act", rows, dispatch.WIDEST_HIDDEN, self.norm):
+        if self._by_row and dispatch.takes_kernel("hidden_norm_act", x, dispatch.WIDEST_HIDDEN, self.norm):
             inside = activation if activation == "relu" else "none"
-            fused = dispatch.hidden_norm_act(self.formula(x), rows, self.norm.eps if self.norm else 1.0, inside)
+            eps = self.norm.eps if self.norm else 1.0
+            fused = dispatch.hidden_norm_act(self.formula(x), x.flatten(0, -2), eps, inside)
             return activated(fused.view(x.shape), "none" if inside == "relu" else activation)
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return activated(self.normalized(wide, hidden), activation).to(x.dtype)
+        if x.dtype in _LOW:
+            return activated(self.normalized(x.float(), hidden), activation).to(x.dtype)
+        return activated(self.normalized(x, hidden), activation)
 
     def formula(self, x: torch.Tensor) -> Formula:
         """What is left, in a kernel's terms."""
@@ -65,18 +71,8 @@ class FoldedNorm(nn.Module):
         own = self.norm.formula(x)
         return Formula(own.kind, self.scale, self.shift, own.extra, own.constant)
 
-    def _rows(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x as hidden vectors, which fields are where all are treated alike; None where a kernel has no use for it."""
-        if x.dim() == 2:
-            return x
-        bare = self.scale is None and self.shift is None
-        alike = isinstance(self.norm, RowNorm) and self.norm.kind in ("layer", "rms", "l1", "variance_only")
-        return x.flatten(0, 1) if bare and alike else None
-
     def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
         """A new tensor, or x written over; x is fp32 or wider."""
-        if isinstance(self.norm, RMSNorm) and self.overwrite:
-            return rms_affine(x, self.scale, self.shift, self.norm.eps)
         core = x if self.norm is None else self.norm.core(x)
         if self.scale is None:
             return core if self.shift is None else core + self.shift
@@ -84,12 +80,42 @@ class FoldedNorm(nn.Module):
 
     def select(self, fields: Sequence[int]) -> "FoldedNorm":
         """What is left for some of the fields, by their places."""
-        part = FoldedNorm(None if self.norm is None else select_fields(self.norm, fields), None)
-        part.scale, part.shift = (None if each is None else each[list(fields)] for each in (self.scale, self.shift))
-        return part
+        norm = None if self.norm is None else select_fields(self.norm, fields)
+        some = self.scale if self.scale is not None else self.shift
+        if some is None:
+            return FoldedNorm(norm, None)
+        scale = torch.ones_like(some) if self.scale is None else self.scale
+        shift = torch.zeros_like(some) if self.shift is None else self.shift
+        return FoldedNorm(norm, Affine(scale[list(fields)], shift[list(fields)]))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale is not None}, shift={self.shift is not None}"
+
+
+class HiddenRMS(FoldedNorm):
+    """activation(scale ⊙ x / √(mean(x²) + eps) + shift) of a hidden vector, which is written over.
+
+    Args:
+        norm: RMS.
+        affine: scale and shift.
+        centred: whether the mean of every row is 0, so that layer norm gives the same.
+    """
+
+    def __init__(self, norm: RMSNorm, affine: Affine, *, centred: bool) -> None:
+        super().__init__(norm, affine, overwrite=True)
+        self.eps, self.centred = norm.eps, centred
+
+    def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """On a CPU torch's layer norm is one operation, but one that writes another tensor: for a few rows."""
+        scale, shift, width = self.scale, self.shift, x.shape[-1]
+        if self.centred and x.numel() < _FEW:
+            scale, shift = (None if each is None else each.to(x.dtype) for each in (scale, shift))
+            return functional.layer_norm(x, (width,), scale, shift, self.eps)
+        norm_N1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        x.mul_(norm_N1.square_().div_(width).add_(self.eps).rsqrt_())
+        if scale is not None:
+            x.mul_(scale)
+        return x if shift is None else x.add_(shift)
 
 
 class WholeNorm(FoldedNorm):
@@ -136,15 +162,8 @@ class FoldedConditional(FoldedNorm):
         return torch.addcmul(shift, self.norm.core(x), scale)
 
 
-def rms_affine(x_Nh: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """scale ⊙ x / √(mean(x²) + eps) + shift over the last axis, written over x: three passes and no large tensor."""
-    norm_N1 = torch.linalg.vector_norm(x_Nh, dim=-1, keepdim=True)
-    x_Nh.mul_(norm_N1.square_().div_(x_Nh.shape[-1]).add_(eps).rsqrt_())
-    if scale is not None:
-        x_Nh.mul_(scale)
-    return x_Nh if shift is None else x_Nh.add_(shift)
-
-
 def activated(x: torch.Tensor, activation: str) -> torch.Tensor:
     """The activation of x, written over it; "none" or a name in `ACTIVATIONS`."""
+    if activation == "relu":  # the usual one, without a module's making
+        return x.relu_()
     return x if activation == "none" else ACTIVATIONS[activation](inplace=True)(x)

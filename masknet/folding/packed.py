@@ -4,6 +4,7 @@ PyTorch's own fp32 product goes to MKL, which reaches half of oneDNN's rate on A
 behind it reads and writes its output again. Elsewhere, and in other precisions, these are torch's linear layers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -14,6 +15,12 @@ from torch.nn import functional
 Activation = Literal["none", "relu"]
 
 
+# Multiplications from which oneDNN is faster: a call of it costs 12 µs more than one of MKL. One row is bound by the
+# reading of the weights, in which oneDNN has no advantage.
+_LEAST_WORK, _LEAST_ROWS = 300_000, 2
+
+
+@functools.cache
 def _has_onednn() -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -53,17 +60,20 @@ class PackedLinear(nn.Module):
             bias: in place of the layer's own.
         """
         bias = self.bias if bias is None else bias
-        if self._uses_onednn(x_NZ):
+        if self.uses_onednn(x_NZ):
             return self._by_onednn(x_NZ, activation, times, bias)
         out = functional.linear(x_NZ, self.weight, bias)
         if times is not None:
             return out.mul_(times)
         return out.relu_() if activation == "relu" else out
 
-    def _uses_onednn(self, x_NZ: torch.Tensor) -> bool:
-        cpu = x_NZ.dtype == self.weight.dtype == torch.float32 and x_NZ.device.type == "cpu"
-        # a compiler lays weights out itself; oneDNN refuses empty matrices
-        return cpu and not torch.compiler.is_compiling() and x_NZ.numel() > 0 and _has_onednn()
+    def uses_onednn(self, x_NZ: torch.Tensor) -> bool:
+        """Whether oneDNN computes the outputs for x."""
+        rows, weight = x_NZ.shape[0], self.weight
+        if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_WORK:
+            return False
+        cpu = x_NZ.dtype == weight.dtype == torch.float32 and x_NZ.device.type == "cpu"
+        return cpu and not torch.compiler.is_compiling() and _has_onednn()  # a compiler lays weights out itself
 
     def _by_onednn(
         self, x_NZ: torch.Tensor, activation: Activation, times: torch.Tensor | None, bias: torch.Tensor | None

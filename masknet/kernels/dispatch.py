@@ -69,17 +69,22 @@ def takes_kernel(operation: str, x: torch.Tensor, widest: int, norm: Norm | None
     Raises:
         RuntimeError: the mode is `fused` and no kernel can run on this machine or device.
     """
+    if not _RUNS and _mode != "fused" and not log.isEnabledFor(logging.DEBUG):
+        return False  # the usual case on a CPU, where a request's time is counted in microseconds
     reason = _reason_for_eager(x, widest)
     if not reason and norm is not None and not norm.has_formula:
         reason = "the norm has no kernel"
-    _say(operation if norm is None else f"{operation} of {type(norm).__name__}", x, reason)
+    _say(operation, norm, x, reason)
     return not reason
 
 
-def _say(what: str, x: torch.Tensor, reason: str) -> None:
+def _say(operation: str, norm: Norm | None, x: torch.Tensor, reason: str) -> None:
     """Once for each case; compilers do not follow logging."""
+    if torch.compiler.is_compiling() or not log.isEnabledFor(logging.DEBUG):
+        return
+    what = operation if norm is None else f"{operation} of {type(norm).__name__}"
     case = (what, reason, x.device.type, x.dtype, x.shape[-1])
-    if torch.compiler.is_compiling() or case in _said:
+    if case in _said:
         return
     _said.add(case)
     path = f"eager, {reason}" if reason else "fused"
@@ -176,11 +181,6 @@ def hidden_norm_act(
     return out_Bh
 
 
-def on_cpu(x: torch.Tensor) -> bool:
-    """Whether x is computed on by a CPU's own means, and not by a GPU or what stands for one in tests."""
-    return x.device.type == "cpu" and not (_INTERPRETED and _mode == "fused")
-
-
 def takes_gemms(x_ND: torch.Tensor, width: int) -> bool:
     """Whether the products of blocks of `width` go to `mask_project` and `block_gemm`."""
     reason = _reason_for_eager(x_ND, x_ND.shape[-1])
@@ -191,7 +191,7 @@ def takes_gemms(x_ND: torch.Tensor, width: int) -> bool:
         least, most = MEASURED_GEMMS.get(case, (0, -1))
         if not least <= x_ND.shape[0] <= most:
             reason = "cuBLAS was not measured to be slower"
-    _say("mask_project and block_gemm", x_ND, reason)
+    _say("mask_project and block_gemm", None, x_ND, reason)
     return not reason
 
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 RIVALS = {
     "LN_EMB": ["a norm per field", "vectorized"],
     "LN_HID and ReLU": ["eager"],
-    "ranking": ["unfolded", "folded", "folded, context apart"],
+    "ranking": ["unfolded", "unfolded, oneDNN", "folded", "folded, context apart"],
 }
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="another result where there is CUDA")
 

@@ -72,7 +72,11 @@ def serving_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def folding_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Ranking on a CPU: the trained network, folded, and folded with the context's fields apart."""
+    """Ranking on a CPU: the trained network, folded, and folded with the context's fields apart.
+
+    Folded products run in oneDNN, torch's own in MKL unless `torch.set_float32_matmul_precision` allows less than fp32
+    (which oneDNN makes no use of here); "unfolded, oneDNN" shows what is not owed to folding.
+    """
     kinds: tuple[Kind, ...] = ("parallel", "serial")
     for kind, N in product(kinds, CPU_CANDIDATES[quick]):
         facts = {"kind": kind, "N": N, "F": F, "d": D_FIELD, "context_fields": len(CONTEXT_FIELDS)}
@@ -143,8 +147,19 @@ def _folding_rivals(device: torch.device, kind: Kind, N: int) -> Rivals:
     whole, split = fold(network), fold(network, CONTEXT_FIELDS)
     request = _request(device, N, torch.float32)
     nothing_10 = request[0][:, :0]
+
+    def unfolded(precision: str) -> torch.Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            logits: torch.Tensor = network(_whole(*request).view(-1, F, D_FIELD))
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return logits
+
     forwards: dict[str, Forward] = {
-        "unfolded": lambda: network(_whole(*request).view(-1, F, D_FIELD)),
+        "unfolded": partial(unfolded, "highest"),
+        "unfolded, oneDNN": partial(unfolded, "medium"),
         "folded": lambda: whole(nothing_10, _whole(*request)),
         "folded, context apart": lambda: split(*request),
     }
