@@ -108,7 +108,7 @@ class HiddenRMS(FoldedNorm):
     def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
         """On a CPU torch's layer norm is one operation, but one that writes another tensor: for a few rows."""
         scale, shift, width = self.scale, self.shift, x.shape[-1]
-        if self.centred and x.numel() < _FEW:
+        if self.centred and not torch.compiler.is_compiling() and x.numel() < _FEW:  # one program for all sizes
             scale, shift = (None if each is None else each.to(x.dtype) for each in (scale, shift))
             return functional.layer_norm(x, (width,), scale, shift, self.eps)
         norm_N1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -69,11 +69,12 @@ class PackedLinear(nn.Module):
 
     def uses_onednn(self, x_NZ: torch.Tensor) -> bool:
         """Whether oneDNN computes the outputs for x."""
+        if torch.compiler.is_compiling():  # a compiler lays weights out itself
+            return False
         rows, weight = x_NZ.shape[0], self.weight
         if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_WORK:
             return False
-        cpu = x_NZ.dtype == weight.dtype == torch.float32 and x_NZ.device.type == "cpu"
-        return cpu and not torch.compiler.is_compiling() and _has_onednn()  # a compiler lays weights out itself
+        return x_NZ.dtype == weight.dtype == torch.float32 and x_NZ.device.type == "cpu" and _has_onednn()
 
     def _by_onednn(
         self, x_NZ: torch.Tensor, activation: Activation, times: torch.Tensor | None, bias: torch.Tensor | None

@@ -186,3 +186,20 @@ def test_fused_is_an_error_where_no_kernel_can_run(monkeypatch: pytest.MonkeyPat
 def test_unknown_modes() -> None:
     with pytest.raises(ValueError, match="must be one of auto, fused, eager"), dispatch.kernels("fast"):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: str(config["kind"]))
+def test_folded_networks_compile_and_export_as_one_graph(config: dict[str, object], mode: dispatch.Mode) -> None:
+    folded = fold(a_network(config).eval(), (0,))
+    context, candidates = embeddings()[:1, :1].flatten(1), embeddings()[:, 1:].flatten(1)
+    torch.compiler.reset()
+    with dispatch.kernels(mode), torch.no_grad():
+        compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+        rows = torch.export.Dim("rows", min=2, max=4096)
+        exported = torch.export.export(folded, (context, candidates), dynamic_shapes=(None, {0: rows})).module()
+        for count in (B, 5):
+            expected = folded(context, candidates[:count])
+            torch.testing.assert_close(compiled(context, candidates[:count]), expected, **CLOSE)
+            torch.testing.assert_close(exported(context, candidates[:count]), expected, **CLOSE)
+    torch.compiler.reset()
