@@ -29,18 +29,25 @@ class ServingModel(nn.Module):
     Args:
         model: a trained model; its value embeddings and the tables of the other fields are shared, not copied.
         single: the fields that have exactly one id in every row.
+
+    Raises:
+        ValueError: `single` names no field with ids.
     """
 
     rows_R2d: torch.Tensor
     offset_S1: torch.Tensor
+    size_S1: torch.Tensor
     order_F: torch.Tensor
 
     def __init__(self, model: MaskNet, single: Collection[str]) -> None:
         super().__init__()
+        configs = model.embeddings.embedding_bag_configs()
+        unknown = set(single) - {name for config in configs for name in config.feature_names}
+        if unknown:
+            raise ValueError(f"single: there are no ids of {', '.join(sorted(unknown))}")
         self.network = fold(model.network)
         norm = self.network.candidate_norm
         self.by_row = self.network.context_norm is not None and not norm.norm.trivial
-        configs = model.embeddings.embedding_bag_configs()
         chosen = [config for config in configs if self.by_row and _is_of_one(config, single)]
         others = [config for config in configs if config not in chosen]
         places = {name: place for place, name in enumerate(model.field_names)}
@@ -60,10 +67,15 @@ class ServingModel(nn.Module):
         dim = model.embeddings.embedding_bag_configs()[0].embedding_dim
         self.register_buffer("rows_R2d", torch.cat(tables) if tables else torch.empty(0, 2 * dim))
         self.register_buffer("offset_S1", torch.tensor([0, *sizes]).cumsum(0)[: len(sizes), None])
+        self.register_buffer("size_S1", torch.tensor(sizes, dtype=torch.int64)[:, None])
         self.register_buffer("order_F", torch.tensor([order.index(name) for name in model.field_names]))
 
     def forward(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
-        """Logits [B] in fp32; arguments as `MaskNet.forward` takes them."""
+        """Logits [B] in fp32; arguments as `MaskNet.forward` takes them.
+
+        Raises:
+            ValueError: a field of `single` has not exactly one id in every row, or an id that its table has no row for.
+        """
         both_BS2d = self._looked_up(ids)
         raw_BFd, normed_BFd = both_BS2d.chunk(2, dim=2)
         if self.others:
@@ -81,7 +93,14 @@ class ServingModel(nn.Module):
         rows = ids.stride()
         if not self.single:
             return self.rows_R2d.new_empty(rows, 0, self.rows_R2d.shape[1])
-        place_SB = torch.stack([ids[name].values() for name in self.single]) + self.offset_S1
+        given = [ids[name] for name in self.single]
+        for name, one in zip(self.single, given, strict=True):
+            if len(one.values()) != rows or not bool((one.lengths() == 1).all()):
+                raise ValueError(f"field {name} must have one id in each of the {rows} rows")
+        id_SB = torch.stack([one.values() for one in given])
+        if bool(((id_SB < 0) | (id_SB >= self.size_S1)).any()):
+            raise ValueError(f"an id of {', '.join(self.single)} is not in its table")
+        place_SB = id_SB + self.offset_S1
         return self.rows_R2d.index_select(0, place_SB.t().flatten()).view(rows, len(self.single), -1)
 
     def _embedded(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def fold(network: Network, context: Sequence[int] = ()) -> ServingNetwork:
     else:
         body = _serial(build, network, owed)
     build.note_first_layers()
-    return ServingNetwork(build.first_layers(), *norms, body, fields, build.notes).eval()
+    return ServingNetwork(build.first_layers(), *norms, body, fields, build.notes).eval().requires_grad_(False)
 
 
 def _split(context: Sequence[int], num_fields: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -71,6 +71,9 @@ def _embedding_norms(
     inner = whole.norm if isinstance(whole, PartialNorm) else whole
     if isinstance(inner, ConditionalLayerNorm):
         return (None, EmbeddingNorm(build.conditional(place, inner, whole), dim)), None
+    if isinstance(inner, NoNorm):
+        context_norm, candidate_norm = (EmbeddingNorm(FoldedNorm(None, None), dim) for _ in fields)
+        return (context_norm, candidate_norm), None
     affine = whole.separated()
     parts = [select_fields(norm, part) for part in fields]
     if affine is None:
@@ -81,8 +84,7 @@ def _embedding_norms(
         build.notes.kept(place, f"{name(inner)}: once for all blocks, and once per request for the context's fields")
     masked = isinstance(getattr(network.blocks[0], "mask", None), InstanceGuidedMask)
     owed, left = at_masks(affine) if masked else (affine, None)
-    if not isinstance(inner, NoNorm):
-        build.notes.folded(place, _where_the_affine_went(masked, left))
+    build.notes.folded(place, _where_the_affine_went(masked, left))
     cores = [None if whole.fold() is not None else part for part in parts]
     lefts = [None, None] if left is None else _cut(left, num_context)
     context_norm, candidate_norm = (

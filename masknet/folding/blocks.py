@@ -4,8 +4,9 @@ Legend: N candidates, F fields, d embedding width, C width of the context's embe
 T units of all first layers that read the raw embedding, z width of what is masked, h block width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -40,6 +41,16 @@ class FirstLayers(nn.Module):
         self.candidates = PackedLinear(weight_TD[:, context_width:], None)
         parts = torch.split(self.candidates.weight, self.sizes)
         self.parts = nn.ModuleList(PackedLinear(part, None) for part in parts)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Everything stays a view of one matrix, wherever it is moved to."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        width = self.context.weight.shape[1]
+        self.context.weight, self.candidates.weight = self.whole.weight[:, :width], self.whole.weight[:, width:]
+        for part, weight in zip(self.parts, torch.split(self.candidates.weight, self.sizes), strict=True):
+            part.weight = weight
+        self.context.bias = self.whole.bias
+        return self
 
     def forward(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> Hidden:
         """Hidden units of all readers."""

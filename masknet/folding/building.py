@@ -124,16 +124,19 @@ class Builder:
         self.notes.kept(place, f"{name(norm)}: its scale depends on the row")
         return WholeNorm(copy.deepcopy(norm))
 
-    def conditional(self, place: str, norm: ConditionalLayerNorm, core: Norm) -> FoldedConditional:
-        """A conditional layer norm, of all the core's fields or, for those that `core` adds, the identity."""
+    def conditional(self, place: str, norm: ConditionalLayerNorm, whole: Norm) -> FoldedConditional:
+        """A conditional layer norm, of all fields of `whole` or, for those that it adds, the identity."""
         self.notes.folded(place, "conditional: its first layer joins the masks', γ and β the bias of its second")
         self.notes.kept(place, "conditional: layer statistics and the row's own affine")
         project, base = norm.project, torch.stack([norm.weight, norm.bias])
         weight = torch.unflatten(project.weight, 0, (2, *norm.shape))
         bias = torch.unflatten(project.bias, 0, (2, *norm.shape)) + base
-        if isinstance(core, PartialNorm):  # the other fields get 1 and 0
-            bias = torch.stack([bias.new_ones(core.shape), bias.new_zeros(core.shape)]).index_copy(1, core.fields, bias)
-            weight = weight.new_zeros(2, *core.shape, weight.shape[-1]).index_copy(1, core.fields, weight)
+        core: Norm = LayerNorm(norm.shape, eps=norm.eps).to(weight)
+        if isinstance(whole, PartialNorm):  # the other fields get 1 and 0
+            shape, fields = whole.shape, whole.fields
+            core = PartialNorm(core, fields.tolist(), shape[0])
+            bias = torch.stack([bias.new_ones(shape), bias.new_zeros(shape)]).index_copy(1, fields, bias)
+            weight = weight.new_zeros(2, *shape, weight.shape[-1]).index_copy(1, fields, weight)
         matrix = Matrix(weight.flatten(0, -2).detach(), bias.flatten().detach())
         return FoldedConditional(core, packed(matrix), self.read(norm.aggregate))
 

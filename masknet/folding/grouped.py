@@ -9,11 +9,12 @@ from typing import NamedTuple, Self
 import torch
 from torch import nn
 
-from masknet.folding.blocks import FoldedBlock
+from masknet.folding.blocks import FoldedBlock, Hidden
 from masknet.kernels import dispatch
+from masknet.kernels.limits import align_rows
 from masknet.norms.base import RowNorm
 
-_KINDS = ("rms", "l1", "bhyt")
+_KINDS = ("rms", "l1")  # those of `block_gemm`
 
 
 class Form(NamedTuple):
@@ -21,7 +22,6 @@ class Form(NamedTuple):
 
     kind: str
     eps: float
-    constant: float
     activation: str
     weight: torch.Size
     second: torch.Size
@@ -37,51 +37,51 @@ class GroupedBlocks(nn.Module):
 
     second_weight: torch.Tensor
     second_bias: torch.Tensor
-    weight: torch.Tensor
+    linear_weight: torch.Tensor
+    linear_bias: torch.Tensor | None
+    norm_scale: torch.Tensor | None
+    norm_shift: torch.Tensor | None
 
     def __init__(self, blocks: Sequence[FoldedBlock], form: Form) -> None:
         super().__init__()
-        self.form = form
-        self._aligned: tuple[torch.Tensor, torch.Tensor] | None = None  # as the kernels like to read the weights
-        self._stack("second_weight", [block.second for block in blocks], "weight")
-        self._stack("second_bias", [block.second for block in blocks], "bias")
-        self._stack("weight", [block.linear for block in blocks], "weight")
-        self._stack("bias", [block.linear for block in blocks], "bias")
-        self._stack("scale", [block.norm for block in blocks], "scale")
-        self._stack("shift", [block.norm for block in blocks], "shift")
-        extras = [extra for block in blocks if (extra := _arguments(block)[0]) is not None]
-        self.register_buffer("extra_K", torch.cat(extras).detach() if extras else None)
+        self.form, self.first_reader = form, blocks[0].reader
+        self._slots: list[
+            tuple[str, list[nn.Module], str]
+        ] = []  # a stack's name, its blocks' owners, their name for it
+        for slot in ("second", "linear", "norm"):
+            for name in ("scale", "shift") if slot == "norm" else ("weight", "bias"):
+                self._slots.append((f"{slot}_{name}", [getattr(block, slot) for block in blocks], name))
+        for stack, owners, name in self._slots:
+            self.register_buffer(stack, _stacked([getattr(owner, name) for owner in owners], one=name == "scale"))
+        self._link()
 
-    def _stack(self, name: str, owners: Sequence[nn.Module | None], attribute: str) -> None:
-        parts = [getattr(owner, attribute) for owner in owners]
-        like = next((part for part in parts if part is not None), None)
-        if like is None:
-            self.register_buffer(name, None)
-            return
-        neutral = torch.ones_like(like) if attribute == "scale" else torch.zeros_like(like)
-        stacked = torch.stack([neutral if part is None else part for part in parts])
-        self.register_buffer(name, stacked)
-        for owner, part, own in zip(owners, parts, stacked, strict=True):
-            if part is not None:
-                setattr(owner, attribute, own)
+    def _link(self) -> None:
+        """Make what the blocks have views of the stacks, and those of matrices such as kernels like to read."""
+        for stack, owners, name in self._slots:
+            if name == "weight":
+                setattr(self, stack, align_rows(getattr(self, stack)))
+            for k, owner in enumerate(owners):
+                if getattr(owner, name) is not None:
+                    setattr(owner, name, getattr(self, stack)[k])
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._link()
+        return self
 
     def takes(self, x_ND: torch.Tensor) -> bool:
         """Whether the blocks of this input go to the kernels."""
-        return dispatch.takes_gemms(x_ND, self.form.weight[0])
+        return x_ND.dtype == self.linear_weight.dtype and dispatch.takes_gemms(x_ND, self.form.weight[0])
 
-    def forward(self, x_ND: torch.Tensor, hidden_NT: torch.Tensor) -> torch.Tensor:
-        """Outputs of all blocks [N, K·h] of what is masked and of the masks' hidden units [N, K·t]."""
-        form = self.form
-        if self._aligned is None:
-            self._aligned = dispatch.align_rows(self.second_weight), dispatch.align_rows(self.weight)
-        second_KZt, weight_KhZ = self._aligned
-        masked_NKz = dispatch.mask_project(hidden_NT, second_KZt, self.second_bias, x_ND.new_empty(0), x_ND)
-        rest = (self.bias, self.scale, self.shift, self.extra_K)
-        return dispatch.block_gemm(masked_NKz, weight_KhZ, *rest, form.kind, form.eps, form.constant, form.activation)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._aligned = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+        """Outputs of all blocks [N, K·h] of what is masked and of the first layers, where those are in one tensor."""
+        assert hidden.whole_NT is not None
+        start = sum(part.shape[1] for part in hidden.parts[: self.first_reader])
+        blocks, _, units = self.second_weight.shape
+        hidden_NT = hidden.whole_NT[:, start : start + blocks * units]
+        masked_NKz = dispatch.mask_project(hidden_NT, self.second_weight, self.second_bias, x_ND)
+        weights = (self.linear_weight, self.linear_bias, self.norm_scale, self.norm_shift)
+        return dispatch.block_gemm(masked_NKz, *weights, *self.form[:3])
 
 
 def grouped(blocks: Sequence[FoldedBlock]) -> GroupedBlocks | None:
@@ -99,9 +99,13 @@ def _form(block: FoldedBlock) -> Form | None:
         if not isinstance(norm, RowNorm) or norm.kind not in _KINDS:
             return None
         kind, eps = norm.kind, norm.eps
-    return Form(kind, eps, _arguments(block)[1], block.activation, block.linear.weight.shape, block.second.weight.shape)
+    return Form(kind, eps, block.activation, block.linear.weight.shape, block.second.weight.shape)
 
 
-def _arguments(block: FoldedBlock) -> tuple[torch.Tensor | None, float]:
-    norm = block.norm.norm
-    return norm.kernel_arguments() if isinstance(norm, RowNorm) else (None, 1.0)
+def _stacked(parts: Sequence[torch.Tensor | None], *, one: bool) -> torch.Tensor | None:
+    """What there is in one tensor, with ones or zeros for what there is not; None for nothing at all."""
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    neutral = torch.ones_like(like) if one else torch.zeros_like(like)
+    return torch.stack([neutral if part is None else part for part in parts])

@@ -31,9 +31,8 @@ class ParallelBody(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Logits [N]."""
-        whole_NT = hidden.whole_NT
-        if self.grouped is not None and whole_NT is not None and self.grouped.takes(x_ND):
-            out = self.grouped(x_ND, whole_NT)
+        if self.grouped is not None and hidden.whole_NT is not None and self.grouped.takes(x_ND):
+            out = self.grouped(x_ND, hidden)
         else:
             out = torch.cat([block(x_ND, hidden) for block in self.blocks], dim=1)
         *layers, logit = self.head
@@ -101,8 +100,11 @@ class ServingNetwork(nn.Module):
 
         Raises:
             ValueError: a width is wrong, or there is more than one context.
+            RuntimeError: a gradient is asked for.
         """
         self._check(context_1C, candidates_NR)
+        if torch.is_grad_enabled() and (context_1C.requires_grad or candidates_NR.requires_grad):
+            raise RuntimeError("a folded network is for inference and gives no gradients: use the trained one")
         hidden = Hidden() if self.first is None else self.first(context_1C, candidates_NR)
         logit_N: torch.Tensor = self.body(self._normed(context_1C, candidates_NR, normed_NR, hidden), hidden)
         return logit_N

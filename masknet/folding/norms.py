@@ -13,6 +13,7 @@ from masknet.activations import ACTIVATIONS
 from masknet.folding.fields import select_fields
 from masknet.folding.packed import PackedLinear
 from masknet.kernels import dispatch
+from masknet.kernels.limits import WIDEST_HIDDEN
 from masknet.norms.base import Affine, Formula, Norm, RowNorm
 from masknet.norms.rms import RMSNorm
 
@@ -55,7 +56,7 @@ class FoldedNorm(nn.Module):
         """
         if self.trivial:
             return activated(x if self.overwrite or activation == "none" else x.clone(), activation)
-        if self._by_row and dispatch.takes_kernel("hidden_norm_act", x, dispatch.WIDEST_HIDDEN, self.norm):
+        if self._by_row and dispatch.takes_kernel("hidden_norm_act", x, WIDEST_HIDDEN, self.norm):
             inside = activation if activation == "relu" else "none"
             eps = self.norm.eps if self.norm else 1.0
             fused = dispatch.hidden_norm_act(self.formula(x), x.flatten(0, -2), eps, inside)
@@ -105,6 +106,14 @@ class HiddenRMS(FoldedNorm):
         super().__init__(norm, affine, overwrite=True)
         self.eps, self.centred = norm.eps, centred
 
+    def get_extra_state(self) -> torch.Tensor:
+        """`centred`, which is a property of the weights before it."""
+        return torch.tensor(self.centred)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take `centred` over with the weights."""
+        self.centred = bool(state)
+
     def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
         """On a CPU torch's layer norm is one operation, but one that writes another tensor: for a few rows."""
         scale, shift, width = self.scale, self.shift, x.shape[-1]
@@ -152,6 +161,7 @@ class FoldedConditional(FoldedNorm):
 
     def __init__(self, norm: Norm, project: PackedLinear, reader: int) -> None:
         super().__init__(norm, None)
+        self._by_row = False  # no kernel has it
         self.project, self.reader = project, reader
 
     def normalized(self, x: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Linear layers for inference, on a CPU by oneDNN, with weights in its GEMM's layout and what follows in the epilogue.
+"""Linear layers for inference, on a CPU by oneDNN, with weights in its GEMM's layout and products in its epilogue.
 
-PyTorch's own fp32 product goes to MKL, which reaches half of oneDNN's rate on AMD's processors, and a ReLU or a product
-behind it reads and writes its output again. Elsewhere, and in other precisions, these are torch's linear layers.
+PyTorch's own fp32 product goes to MKL, which reaches half of oneDNN's rate on AMD's processors, and a product with a
+mask behind it reads and writes its output again. Elsewhere, and in other precisions, these are torch's linear layers.
 """
 
 import functools
@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
 
     def uses_onednn(self, x_NZ: torch.Tensor) -> bool:
         """Whether oneDNN computes the outputs for x."""
-        if torch.compiler.is_compiling():  # a compiler lays weights out itself
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # both have their own ways of products
             return False
         rows, weight = x_NZ.shape[0], self.weight
         if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_WORK:
@@ -85,9 +85,9 @@ class PackedLinear(nn.Module):
         out: torch.Tensor
         if times is not None:
             out = linear.binary(x_NZ, times, self._packed, bias, "mul")
-        else:
-            out = linear(x_NZ, self._packed, bias, activation, [], "")
-        return out
+            return out
+        out = linear(x_NZ, self._packed, bias, "none", [], "")
+        return out.relu_() if activation == "relu" else out  # oneDNN's own would make 0 of NaN
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._packed = None

@@ -31,6 +31,8 @@ def fold_residual(build: Builder, place: str, block: ResidualBlock) -> FoldedRes
 
 def _norm_in(build: Builder, place: str, block: ResidualBlock, masked: bool) -> tuple[FoldedNorm, Affine | None]:
     norm = block.norm_in
+    if isinstance(norm, NoNorm):
+        return FoldedNorm(None, None), None
     affine = norm.separated()
     if affine is None:
         factor = torch.full_like(block.linear.weight[0], block.input_scale)
@@ -38,8 +40,7 @@ def _norm_in(build: Builder, place: str, block: ResidualBlock, masked: bool) -> 
     affine = Affine(affine.scale * block.input_scale, affine.shift * block.input_scale)
     owed, left = at_masks(affine) if masked else (affine, None)
     core = None if norm.fold() is not None else copy.deepcopy(norm)
-    if not isinstance(norm, NoNorm):
-        build.notes.folded(place, f"{name(norm)} before the branch: γ into {'the mask' if masked else 'W'}")
+    build.notes.folded(place, f"{name(norm)} before the branch: γ into {'the mask' if masked else 'W'}")
     if core is not None:
         build.notes.kept(place, f"{name(norm)} before the branch: looks at every row")
     return FoldedNorm(core, left), owed

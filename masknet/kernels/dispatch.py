@@ -1,8 +1,9 @@
 """Fused or eager: the one place that decides, and does either.
 
 `MASKNET_KERNELS=auto` (the default) takes the Triton kernels on CUDA for what they can do, and torch's operations for
-the rest; `eager` takes torch's everywhere; `fused` is an error where kernels cannot run at all (no CUDA, no Triton), so
-that nobody measures the wrong path unawares. What was taken, and why, is logged at debug level, once for each case.
+the rest; `eager` takes torch's everywhere; `fused` is an error where an operation that has a kernel meets a machine or
+device on which none can run (no CUDA, no Triton), so that nobody measures the wrong path unawares. What was taken, and
+why, is logged at debug level, once for each case.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from masknet.kernels.limits import DTYPES, WIDEST_FIELD, WIDEST_GEMM, WIDEST_HIDDEN
 from masknet.norms.base import Formula, Norm
 
 Mode = Literal["auto", "fused", "eager"]
@@ -30,10 +32,6 @@ if _RUNS:
     from masknet.kernels import maskblock_gemm as _gemm
     from masknet.kernels import power_norm_act as _power
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST_FIELD = 1024  # d of an embedding
-WIDEST_HIDDEN = 8192  # h of a hidden vector
-WIDEST_GEMM = 512  # h of a block whose norm is in its GEMM's epilogue
 # Rows for which the GEMMs with epilogues are faster than cuBLAS with `hidden_norm_act`, by the benchmark
 # (`masknet bench kernels`) on the GPUs that it has run on: (compute capability, dtype) → least and most rows.
 # It has run on none so far, so that `auto` never takes them.
@@ -129,7 +127,7 @@ def masked(mask: torch.Tensor, x: torch.Tensor | PendingNorm) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return mask * x
     formula, emb_BFd = x.formula, x.emb_BFd
-    mask_BD = mask.expand(emb_BFd.shape[0], emb_BFd[0].numel()) if mask.dim() == 0 else mask
+    mask_BD = mask.expand(emb_BFd.shape[0], emb_BFd.shape[1] * emb_BFd.shape[2]) if mask.dim() == 0 else mask
     out_BD: torch.Tensor = _embedding.embedding_norm_mask(
         emb_BFd, mask_BD, formula.weight, formula.bias, formula.extra, formula.kind, x.eps, formula.constant
     )
@@ -193,12 +191,6 @@ def takes_gemms(x_ND: torch.Tensor, width: int) -> bool:
             reason = "cuBLAS was not measured to be slower"
     _say("mask_project and block_gemm", None, x_ND, reason)
     return not reason
-
-
-def align_rows(weight: torch.Tensor) -> torch.Tensor:
-    """`masknet.kernels.maskblock_gemm.align_rows`."""
-    aligned: torch.Tensor = _gemm.align_rows(weight)
-    return aligned
 
 
 def mask_project(*arguments: Any) -> torch.Tensor:

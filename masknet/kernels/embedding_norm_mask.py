@@ -24,6 +24,7 @@ from masknet.kernels.launch import (
     tile_of,
     total,
 )
+from masknet.kernels.limits import WIDEST_FIELD
 
 
 def backward_tile(F: int, d: int) -> Tile:
@@ -48,6 +49,8 @@ def _check(
     check_tensors(x=(x, (B, F, d)), mask=(mask, (B, F * d)), weight=(weight, (F, d)), bias=(bias, (F, d)))
     check_tensors(extra=(extra, (F, 1) if kind in PER_ROW else (F, d)))
     check_norm(kind, eps, extra)
+    if d > WIDEST_FIELD:
+        raise ValueError(f"width {d} is above {WIDEST_FIELD}")
 
 
 @torch.library.custom_op("masknet::embedding_norm_mask", mutates_args=())
@@ -74,7 +77,7 @@ def embedding_norm_mask(
 
     Raises:
         TypeError: a dtype other than float32, bfloat16 and float16.
-        ValueError: shapes that do not fit, an unknown kind, eps ≤ 0.
+        ValueError: shapes that do not fit, d above `WIDEST_FIELD`, an unknown kind, eps ≤ 0.
     """
     _check(x_BFd, mask_BD, weight_Fd, bias_Fd, extra, kind, eps)
     B, F, d = x_BFd.shape

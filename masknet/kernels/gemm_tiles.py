@@ -98,19 +98,17 @@ def mask_project_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
-    context: tl.tensor,
-    candidate: tl.tensor,
+    x: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     hidden_row: tl.tensor,
     weight_block: tl.tensor,
     weight_row: tl.tensor,
-    candidate_row: tl.tensor,
+    x_row: tl.tensor,
     out_row: tl.tensor,
     out_block: tl.tensor,
     T: tl.constexpr,
     Z: tl.constexpr,
-    C: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,13 +125,10 @@ def mask_project_kernel(
     acc += tl.load(bias + block * Z + column, mask=inside_N, other=0.0).to(tl.float32)[None, :]
     acc = matmul(acc, a, hidden_row, inside_M, b, weight_row, inside_N, T, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDEN)
     inside = inside_M[:, None] & inside_N[None, :]
-    own = candidate + first * candidate_row + (row[:, None] * candidate_row + (column - C)[None, :])
-    x = tl.load(own, mask=inside & (column >= C)[None, :], other=0.0).to(tl.float32)
-    if C > 0:
-        shared = tl.load(context + column, mask=column < C, other=0.0).to(tl.float32)
-        x = tl.where((column < C)[None, :], shared[None, :], x)
+    source = x + first * x_row + (row[:, None] * x_row + column[None, :])
+    acc *= tl.load(source, mask=inside, other=0.0).to(tl.float32)
     target = out + (first * out_row + block * out_block) + (row[:, None] * out_row + column[None, :])
-    tl.store(target, (acc * x).to(out.dtype.element_ty), mask=inside)
+    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -143,7 +138,6 @@ def block_gemm_kernel(
     bias: tl.tensor,
     scale: tl.tensor,
     shift: tl.tensor,
-    extra: tl.tensor,
     out: tl.tensor,
     rows: tl.tensor,
     masked_row: tl.tensor,
@@ -152,7 +146,6 @@ def block_gemm_kernel(
     weight_row: tl.tensor,
     out_row: tl.tensor,
     eps: tl.tensor,
-    constant: tl.tensor,
     Z: tl.constexpr,
     H: tl.constexpr,
     KIND: tl.constexpr,
@@ -173,9 +166,8 @@ def block_gemm_kernel(
         y += tl.load(bias + block * H + column, mask=inside_N, other=0.0).to(tl.float32)[None, :]
     y = matmul(y, a, masked_row, inside_M, b, weight_row, inside_N, Z, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, WIDEN)
     if KIND != "none":
-        factor = 0.0 if extra is None else tl.load(extra + block).to(tl.float32)
         # columns that do not exist are 0, or NaN beside an infinity that makes the whole row NaN anyway
-        y = normalize(y, inside_N[None, :], H, eps, factor, constant, KIND)
+        y = normalize(y, inside_N[None, :], H, eps, 0.0, 1.0, KIND)
     if scale is not None:
         y *= tl.load(scale + block * H + column, mask=inside_N, other=0.0).to(tl.float32)[None, :]
     if shift is not None:

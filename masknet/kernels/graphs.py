@@ -5,7 +5,8 @@ graph for each of a few numbers of rows, and a request takes the smallest that h
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,8 +24,9 @@ class StaticInputs:
 
     def __init__(self, network: Network, rows: int, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> None:
         self.network = network
-        self.context_1C = context_1C.new_zeros(1, context_1C.shape[-1])
-        self.candidates_SR = candidates_NR.new_zeros(rows, candidates_NR.shape[-1])
+        with torch.inference_mode(False):  # inference tensors could not be written to outside that mode
+            self.context_1C = context_1C.new_zeros(1, context_1C.shape[-1])
+            self.candidates_SR = candidates_NR.new_zeros(rows, candidates_NR.shape[-1])
         self.cuda = candidates_NR.is_cuda
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # shared: one graph runs at a time
         self.done = torch.cuda.Event() if self.cuda else None  # type: ignore[no-untyped-call]
@@ -42,6 +44,18 @@ class StaticInputs:
                 raise ValueError(f"{name} must be {buffer.dtype} on {buffer.device}, not {x.dtype} on {x.device}")
         if context_1C.shape[0] != 1:
             raise ValueError(f"context must have one row, not {context_1C.shape[0]}")
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """What is launched inside follows all that was launched so before, on whatever stream."""
+        if self.done is None:
+            yield
+            return
+        self.done.wait()
+        try:
+            yield
+        finally:  # what failed may have launched something
+            self.done.record()
 
     def replay(self, size: int) -> torch.Tensor:
         """Logits [size] of the buffers' first rows, in memory that the next replay of any size may overwrite."""
@@ -105,14 +119,10 @@ class GraphRunner:
         with self._lock, torch.cuda.device(candidates_NR.get_device()):
             inputs = self._inputs_for(context_1C, candidates_NR)
             if size is not None:
-                if inputs.done is not None:  # an earlier request may still be running, on another stream
-                    inputs.done.wait()
-                inputs.context_1C.copy_(context_1C)
-                inputs.candidates_SR[:rows].copy_(candidates_NR)
-                logits_N = inputs.replay(size)[:rows].clone()
-                if inputs.done is not None:
-                    inputs.done.record()
-                return logits_N
+                with inputs.in_turn():
+                    inputs.context_1C.copy_(context_1C)
+                    inputs.candidates_SR[:rows].copy_(candidates_NR)
+                    return inputs.replay(size)[:rows].clone()
         return self.network(context_1C, candidates_NR)
 
     @torch.no_grad()
@@ -125,8 +135,9 @@ class GraphRunner:
         """
         with self._lock, torch.cuda.device(candidates_NR.get_device()):
             inputs = self._inputs_for(context_1C, candidates_NR)
-            for size in reversed(self.sizes):
-                inputs.replay(size)
+            with inputs.in_turn():
+                for size in reversed(self.sizes):
+                    inputs.replay(size)
 
     def _inputs_for(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> StaticInputs:
         inputs = self._inputs or StaticInputs(self.network, self.sizes[-1], context_1C, candidates_NR)

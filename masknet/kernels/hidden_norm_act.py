@@ -12,7 +12,6 @@ from masknet.kernels.hidden_kernels import backward_kernel, forward_kernel
 from masknet.kernels.launch import (
     MAX_REGISTERS,
     PER_ROW,
-    WIDEST,
     RowTile,
     as_rows,
     check_activation,
@@ -26,6 +25,7 @@ from masknet.kernels.launch import (
     row_tile_of,
     total,
 )
+from masknet.kernels.limits import WIDEST_HIDDEN
 
 
 def backward_tile(h: int, kind: str, dropout: float) -> RowTile:
@@ -54,8 +54,8 @@ def _check(
         raise ValueError("seednorm needs weight")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout {dropout} is not in [0, 1)")
-    if h > WIDEST:
-        raise ValueError(f"width {h} is above {WIDEST}")
+    if h > WIDEST_HIDDEN:
+        raise ValueError(f"width {h} is above {WIDEST_HIDDEN}")
 
 
 @torch.library.custom_op("masknet::hidden_norm_act", mutates_args=())
@@ -87,7 +87,7 @@ def hidden_norm_act(
 
     Raises:
         TypeError: a dtype other than float32, bfloat16 and float16.
-        ValueError: shapes that do not fit, h above `WIDEST`, unknown names, eps ≤ 0, dropout outside [0, 1).
+        ValueError: shapes that do not fit, h above `WIDEST_HIDDEN`, unknown names, eps ≤ 0, dropout outside [0, 1).
     """
     _check(x_Bh, weight_h, bias_h, extra, kind, eps, activation, dropout)
     B, h = x_Bh.shape

@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from masknet.kernels.limits import DTYPES
 from masknet.kernels.rows import KINDS
 
 PER_ROW = ("dyt", "bhyt")  # kinds whose `extra` is one scalar for a row
-WIDEST = 8192  # a row has to fit into the registers of a program
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS_PER_SM = 4  # of kernels that loop over rows; 16 warps, enough loads in flight to hide the memory's latency
 # Registers of a thread of such kernels: what lets 4 programs of 4 warps share a multiprocessor. Left alone, ptxas aims
 # at more programs for some of them and spills a few bytes.

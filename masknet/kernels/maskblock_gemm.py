@@ -4,8 +4,7 @@
 layer, its norm and activation, written into the concatenation of the blocks. Norms read the products' fp32 sums. For
 inference: there is no autograd.
 
-Legend: N candidates, K blocks, t aggregation width, Z width of what is masked, C of it the context's and R the
-candidate's, h block width.
+Legend: N candidates, K blocks, t aggregation width, Z width of what is masked, h block width.
 """
 
 from dataclasses import asdict
@@ -16,26 +15,11 @@ import triton
 from triton.runtime.driver import driver
 
 from masknet.kernels.gemm_tiles import LaunchShape, block_gemm_kernel, block_shape, mask_project_kernel, project_shape
+from masknet.kernels.limits import DTYPES, WIDEST_GEMM, padded
 
-MAX_WIDTH = 512  # a row of a block's output is one tile, and more than this does not stay in registers
-ALIGNMENT = 16  # entries; rows that start at multiples of it are read 16 bytes at a time in every type
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_KINDS = ("none", "layer", "rms", "l1", "bhyt")  # dyt and variance_only would spill registers
+# of layer norm, folding leaves rms; dyt and variance_only would spill registers
+BLOCK_KINDS = ("none", "rms", "l1")  # the rest would spill registers
 INTERPRETED = not isinstance(block_gemm_kernel, triton.JITFunction)
-
-
-def align_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The same values with each row of the last axis at a multiple of 16 entries, for reads of 16 bytes.
-
-    For weights whose width is no such multiple; mask_project's result comes like this.
-    """
-    return _padded(weight, *weight.shape).copy_(weight)
-
-
-def _padded(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Room for a tensor whose rows start at multiples of ALIGNMENT entries."""
-    *others, width = shape
-    return like.new_empty(*others, triton.cdiv(width, ALIGNMENT) * ALIGNMENT)[..., :width]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -73,44 +57,33 @@ def _check(
 
 
 def _masked(
-    hidden_NT: torch.Tensor,
-    weight_KZt: torch.Tensor,
-    bias_KZ: torch.Tensor,
-    context_C: torch.Tensor,
-    candidate_NR: torch.Tensor,
+    hidden_NT: torch.Tensor, weight_KZt: torch.Tensor, bias_KZ: torch.Tensor, x_NZ: torch.Tensor
 ) -> torch.Tensor:
     """Checks mask_project's arguments and makes room for its result."""
     (blocks, width, aggregation), n = weight_KZt.shape, hidden_NT.shape[0]
-    context = context_C.shape[0]
     _check(
         "mask_project",
         {"hidden": hidden_NT, "weight": weight_KZt},
         {
             "hidden": (hidden_NT, (n, blocks * aggregation)),
             "bias": (bias_KZ, (blocks, width)),
-            "candidate": (candidate_NR, (n, width - context)),
-            "context": (context_C, (context,)),
+            "x": (x_NZ, (n, width)),
         },
     )
-    return _padded(hidden_NT, n, blocks, width)
+    return padded(hidden_NT, n, blocks, width)
 
 
 @torch.library.custom_op("masknet::mask_project", mutates_args=())
 def mask_project(
-    hidden_NT: torch.Tensor,
-    weight_KZt: torch.Tensor,
-    bias_KZ: torch.Tensor,
-    context_C: torch.Tensor,
-    candidate_NR: torch.Tensor,
+    hidden_NT: torch.Tensor, weight_KZt: torch.Tensor, bias_KZ: torch.Tensor, x_NZ: torch.Tensor
 ) -> torch.Tensor:
-    """(W_k a_k + b_k) ⊙ [context, candidate] for every block k: what the blocks' linear layers read.
+    """(W_k a_k + b_k) ⊙ x for every block k: what the blocks' linear layers read.
 
     Args:
         hidden_NT: a of all blocks side by side, [N, K·t], fp32, bf16 or fp16; any row stride.
         weight_KZt: W, [K, Z, t], the type of hidden; any strides of the first two axes (`align_rows`).
         bias_KZ: b, [K, Z].
-        context_C: the first C entries of what is masked, the same for every row; C may be 0.
-        candidate_NR: the other R = Z − C entries of each row.
+        x_NZ: what is masked, any of the three types; any row stride.
 
     Returns:
         [N, K, Z] in the type of hidden; rows start at multiples of 16 entries.
@@ -119,11 +92,11 @@ def mask_project(
         TypeError: fp64, or hidden and weight of two types.
         ValueError: shapes that do not fit.
     """
-    out_NKZ = _masked(hidden_NT, weight_KZt, bias_KZ, context_C, candidate_NR)
+    out_NKZ = _masked(hidden_NT, weight_KZt, bias_KZ, x_NZ)
     n, blocks, width = out_NKZ.shape
     if n == 0:
         return out_NKZ
-    hidden, weight, candidate = (_rows(x) for x in (hidden_NT, weight_KZt, candidate_NR))
+    hidden, weight, x = _rows(hidden_NT), _rows(weight_KZt), _rows(x_NZ)
     shape = project_shape(n, _precision(hidden.dtype))
     grid = (triton.cdiv(n, shape.BLOCK_M), triton.cdiv(width, shape.BLOCK_N), blocks)
     with torch.cuda.device(hidden.get_device()):  # -1, of the CPU, does nothing
@@ -131,17 +104,15 @@ def mask_project(
             hidden,
             weight,
             bias_KZ.contiguous(),
-            context_C.contiguous(),
-            candidate,
+            x,
             out_NKZ,
             n,
             hidden.stride(0),
             *weight.stride()[:2],
-            candidate.stride(0),
+            x.stride(0),
             *out_NKZ.stride()[:2],
             T=weight.shape[2],
             Z=width,
-            C=context_C.shape[0],
             **_launch(shape, hidden.dtype),
         )
     return out_NKZ
@@ -156,23 +127,19 @@ def _hidden(
     bias_Kh: torch.Tensor | None,
     scale_Kh: torch.Tensor | None,
     shift_Kh: torch.Tensor | None,
-    extra_K: torch.Tensor | None,
     kind: str,
     eps: float,
-    constant: float,
     activation: str,
 ) -> torch.Tensor:
     """Checks block_gemm's arguments and makes room for its result."""
     blocks, width, masked = weight_KhZ.shape
     n = masked_NKZ.shape[0]
-    if width > MAX_WIDTH:
-        raise ValueError(f"block_gemm: blocks of {width} units; more than {MAX_WIDTH} do not fit a tile")
+    if width > WIDEST_GEMM:
+        raise ValueError(f"block_gemm: blocks of {width} units; more than {WIDEST_GEMM} do not fit a tile")
     if kind not in BLOCK_KINDS:
         raise ValueError(f"block_gemm: kind must be one of {', '.join(BLOCK_KINDS)}, not {kind!r}")
     if activation not in ("none", "relu"):
         raise ValueError(f"block_gemm: activation must be none or relu, not {activation!r}")
-    if (extra_K is None) == (kind == "bhyt"):
-        raise ValueError(f"block_gemm: kind {kind} takes {'no' if extra_K is not None else 'an'} extra")
     _check(
         "block_gemm",
         {"masked": masked_NKZ, "weight": weight_KhZ},
@@ -181,7 +148,6 @@ def _hidden(
             "bias": (bias_Kh, (blocks, width)),
             "scale": (scale_Kh, (blocks, width)),
             "shift": (shift_Kh, (blocks, width)),
-            "extra": (extra_K, (blocks,)),
         },
     )
     return masked_NKZ.new_empty(n, blocks * width)
@@ -194,21 +160,18 @@ def block_gemm(
     bias_Kh: torch.Tensor | None,
     scale_Kh: torch.Tensor | None,
     shift_Kh: torch.Tensor | None,
-    extra_K: torch.Tensor | None,
     kind: str,
     eps: float,
-    constant: float,
     activation: str,
 ) -> torch.Tensor:
     """activation(scale_k ⊙ core(W_k x_k + b_k) + shift_k) for every block k, side by side.
 
     Args:
         masked_NKZ: x, [N, K, Z], fp32, bf16 or fp16; any strides of the first two axes.
-        weight_KhZ: W, [K, h, Z], the type of masked; h at most 512; any strides of the first two axes (`align_rows`).
+        weight_KhZ: W, [K, h, Z], the type of masked; any strides of the first two axes (`align_rows`).
         bias_Kh, scale_Kh, shift_Kh: each may be left out.
-        extra_K: one scalar per block, for bhyt alone.
-        kind: none, layer, rms, l1 or bhyt (`masknet.kernels.rows`).
-        eps, constant: the core's.
+        kind: none, rms or l1 (`masknet.kernels.rows`).
+        eps: the core's.
         activation: none or relu.
 
     Returns:
@@ -216,9 +179,9 @@ def block_gemm(
 
     Raises:
         TypeError: fp64, or masked and weight of two types.
-        ValueError: h above 512, an unknown kind or activation, shapes that do not fit.
+        ValueError: h above `WIDEST_GEMM`, an unknown kind or activation, shapes that do not fit.
     """
-    out_NH = _hidden(masked_NKZ, weight_KhZ, bias_Kh, scale_Kh, shift_Kh, extra_K, kind, eps, constant, activation)
+    out_NH = _hidden(masked_NKZ, weight_KhZ, bias_Kh, scale_Kh, shift_Kh, kind, eps, activation)
     n, (blocks, width, _) = masked_NKZ.shape[0], weight_KhZ.shape
     if n == 0:
         return out_NH
@@ -228,14 +191,13 @@ def block_gemm(
         block_gemm_kernel[(triton.cdiv(n, shape.BLOCK_M), blocks)](
             masked,
             weight,
-            *(x if x is None else x.contiguous() for x in (bias_Kh, scale_Kh, shift_Kh, extra_K)),
+            *(x if x is None else x.contiguous() for x in (bias_Kh, scale_Kh, shift_Kh)),
             out_NH,
             n,
             *masked.stride()[:2],
             *weight.stride()[:2],
             out_NH.stride(0),
             eps,
-            constant,
             Z=weight.shape[2],
             H=width,
             KIND=kind,

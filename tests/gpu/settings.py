@@ -17,8 +17,16 @@ F, d, h = (39, 10, 400) if CUDA else (3, 4, 8)
 CONTEXT = range(20 if CUDA else 1)
 
 
-def network_of(norm: str | dict[str, Any] = "layer", kind: str = "parallel") -> Network:
-    """A network of the usual shape, or a small one without CUDA, with norms' parameters away from 1 and 0."""
+def network_of(
+    norm: str | dict[str, Any] = "layer", kind: str = "parallel", hidden_norm: str | dict[str, Any] | None = None
+) -> Network:
+    """A network of the usual shape, or a small one without CUDA, with norms' parameters away from 1 and 0.
+
+    Args:
+        norm: LN_EMB, and LN_HID where that is not given.
+        kind: of network.
+        hidden_norm: LN_HID.
+    """
     torch.manual_seed(0)
     config = MaskNetConfig(
         kind=kind,
@@ -26,7 +34,7 @@ def network_of(norm: str | dict[str, Any] = "layer", kind: str = "parallel") -> 
         blocks=3 if CUDA else 2,
         block_width=h,
         embedding_norm=norm,
-        hidden_norm=norm,
+        hidden_norm=norm if hidden_norm is None else hidden_norm,
         head=(h,) if kind == "parallel" else (),
     )
     network = build_network(config, F)

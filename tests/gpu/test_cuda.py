@@ -10,6 +10,7 @@ import torch
 
 from masknet.kernels import dispatch
 from masknet.kernels.embedding_norm_mask import embedding_norm_mask
+from masknet.kernels.graphs import GraphRunner
 from masknet.kernels.hidden_norm_act import hidden_norm_act
 from masknet.kernels.power_norm_act import power_norm_act, power_norm_act_backward
 from tests.gpu.settings import embeddings, network_of
@@ -144,6 +145,34 @@ def test_gradients_on_a_stream_of_their_own() -> None:
         side.synchronize()
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_request_waits_for_a_warm_up_on_another_stream() -> None:
+    def network(context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
+        if len(candidates_NR) == 1:  # the last size that is warmed up
+            torch.cuda._sleep(50_000_000)
+        return candidates_NR @ context_1C[0]
+
+    runner = GraphRunner(network, sizes=(1, 8))
+    context, candidates = torch.randn(1, 5, device="cuda"), torch.randn(8, 5, device="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        runner.warm(context, candidates)
+    logits = runner(context, candidates)
+    torch.cuda.current_stream().synchronize()
+    assert side.query()
+    torch.testing.assert_close(logits, candidates @ context[0])
+
+
+def test_the_graph_runner_takes_requests_inside_inference_mode_and_outside() -> None:
+    context, candidates = torch.randn(1, 5, device="cuda"), torch.randn(8, 5, device="cuda")
+    for first in (True, False):
+        runner = GraphRunner(lambda context_1C, candidates_NR: candidates_NR @ context_1C[0], sizes=(4, 8))
+        for mode, rows in ((first, 8), (not first, 8), (first, 3), (not first, 3)):
+            with torch.inference_mode(mode):
+                logits = runner(context, candidates[:rows])
+            torch.testing.assert_close(logits, candidates[:rows] @ context[0])
 
 
 def test_clocks_call_as_often_as_they_are_asked_to() -> None:

@@ -66,9 +66,13 @@ def test_a_compiled_network_is_one_graph_and_gives_the_same(norm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parallel", "serial"])
-@pytest.mark.parametrize("norm", NORMS[:3], ids=str)
-def test_a_folded_network_gives_the_trained_ones_logits(norm: str, kind: str) -> None:
-    network = network_of(norm, kind).eval()
+@pytest.mark.parametrize(
+    ("norm", "hidden_norm"),
+    [*((norm, norm) for norm in NORMS[:3]), ("conditional", "layer"), ("layer", "conditional")],
+    ids=str,
+)
+def test_a_folded_network_gives_the_trained_ones_logits(norm: str, hidden_norm: str, kind: str) -> None:
+    network = network_of(norm, kind, hidden_norm).eval()
     context, candidates, emb = request_of(ROWS)
     folded = fold(network, CONTEXT).to(DEVICE)
     with torch.no_grad():
@@ -89,6 +93,41 @@ def test_a_bad_row_is_the_only_one_that_is_not_finite(value: float) -> None:
     expected = torch.ones(ROWS, dtype=torch.bool, device=DEVICE)
     expected[2] = False
     assert torch.equal(logit_B.isfinite(), expected)
+
+
+NORMS_WEIGHTS = [f"{norm}.{name}" for norm in ("embedding_norm", "blocks.1.norm") for name in ("weight", "bias")]
+BLOCKS_WEIGHTS = [f"blocks.1.{name}" for name in ("mask.aggregate.weight", "mask.project.bias", "linear.weight")]
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("name", [*NORMS_WEIGHTS, *BLOCKS_WEIGHTS, "logit.weight"])
+def test_a_bad_weight_makes_every_logit_of_a_folded_network_nan(name: str, mode: dispatch.Mode) -> None:
+    network = network_of().eval()
+    with torch.no_grad():
+        network.get_parameter(name).view(-1)[1] = float("nan")
+    folded = fold(network, CONTEXT).to(DEVICE)
+    for rows in (1, ROWS):
+        context, candidates, emb = request_of(rows)
+        with torch.no_grad(), dispatch.kernels(mode):
+            assert network(emb).isnan().all()
+            assert folded(context, candidates).isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+@pytest.mark.parametrize("norm", ["layer", "conditional"])
+def test_a_bad_embedding_makes_its_own_logits_of_a_folded_network_nan(norm: str, mode: dispatch.Mode) -> None:
+    folded = fold(network_of(norm, hidden_norm="layer").eval(), CONTEXT).to(DEVICE)
+    context, candidates, _ = request_of(ROWS)
+    with torch.no_grad(), dispatch.kernels(mode):
+        good = folded(context, candidates)
+        candidates[2, 3] = float("nan")
+        bad = folded(context, candidates)
+        context[0, 1] = float("nan")
+        all_bad = folded(context, candidates)
+    assert bad[2].isnan()
+    others = torch.arange(ROWS) != 2
+    torch.testing.assert_close(bad[others], good[others], rtol=1e-5, atol=1e-6)
+    assert all_bad.isnan().all()
 
 
 def test_the_graph_runner_gives_the_networks_logits_for_every_number_of_candidates() -> None:

@@ -48,8 +48,8 @@ def test_power_norm_act(dtype: torch.dtype, B: int) -> None:
 @pytest.mark.parametrize("N", [1, 500, 2048] if CUDA else [2])
 @dtypes
 def test_products_of_blocks(dtype: torch.dtype, N: int) -> None:
-    projected = gemm.project_inputs((N, 3, 2 * F * d, F * d, F * d // 2), dtype)
+    projected = gemm.project_inputs((N, 3, 2 * F * d, F * d), dtype)
     gemm.assert_as_exact_as_eager(mask_project(*projected), lambda precision: gemm.projected(precision, *projected))
-    inputs = gemm.block_inputs((N, 3, F * d, h), "layer", dtype)
-    ours = block_gemm(*inputs, "layer", gemm.EPS, gemm.CONSTANT, "relu")
-    gemm.assert_as_exact_as_eager(ours, lambda precision: gemm.blocks(precision, "layer", "relu", inputs))
+    inputs = gemm.block_inputs((N, 3, F * d, h), dtype)
+    ours = block_gemm(*inputs, "rms", gemm.EPS, "relu")
+    gemm.assert_as_exact_as_eager(ours, lambda precision: gemm.blocks(precision, "rms", "relu", inputs))

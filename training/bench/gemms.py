@@ -1,10 +1,9 @@
 """The products of MaskBlocks with their epilogues against cuBLAS, for serving.
 
-Legend: N candidates, K blocks, D width of the embedding, C of it the context's, R the candidate's, t aggregation width,
-h block width.
+Legend: N candidates, K blocks, D width of the embedding, t aggregation width, h block width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, product
 from typing import Any
@@ -17,57 +16,57 @@ from masknet.norms.base import Formula
 from training.bench.comparing import Case, Rivals
 from training.bench.libraries import EPS
 
-K, D, C, T, H = 3, 390, 200, 780, 400
+K, D, T, H = 3, 390, 780, 400
 ROWS = {False: (1, 64, 500, 2048, 8192), True: (1,)}
 DTYPES = {False: (torch.bfloat16, torch.float16, torch.float32), True: (torch.float32,)}
 NAME, GEMMS = "maskblock_gemm", "gemms"
 
 
 def gemm_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """mask_project and block_gemm of all blocks, a layer norm without an affine and a ReLU behind."""
+    """mask_project and block_gemm of all blocks, with rms and a shift, as folding leaves of layer norm, and a ReLU."""
     for dtype, N in product(DTYPES[quick], ROWS[quick]):
-        facts = {"kind": "layer", "N": N, "K": K, "C": C, "R": D - C, "t": T, "h": H}
+        facts = {"kind": "rms", "N": N, "K": K, "D": D, "t": T, "h": H}
         facts["float32_products"] = torch.get_float32_matmul_precision()
         yield Case(NAME, facts, partial(_rivals, device, N, dtype), dtype)
 
 
 @torch.no_grad()
 def _rivals(device: torch.device, N: int, dtype: torch.dtype) -> Rivals:
-    from masknet.kernels.maskblock_gemm import align_rows, block_gemm, mask_project
+    from masknet.kernels.limits import align_rows
+    from masknet.kernels.maskblock_gemm import block_gemm, mask_project
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    hidden, context, candidates = normal(N, K * T), normal(C), normal(N, D - C)
-    project, bias, weight = normal(K, D, T) / T**0.5, normal(K, D), normal(K, H, D) / D**0.5
-    aligned_project, aligned_weight = align_rows(project), align_rows(weight)
-    core = Formula("layer", None)
+    hidden, bias, shift = normal(N, K * T), normal(K, D), normal(K, H)
+    x = normal(N, D)  # context and candidates, which a folded network joins once
+    # aligned, as a folded network holds them whoever multiplies
+    project, weight = align_rows(normal(K, D, T) / T**0.5), align_rows(normal(K, H, D) / D**0.5)
+    norms = [Formula("rms", None, shift_h) for shift_h in shift]
 
-    def masked(k: int, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden[:, k * T : (k + 1) * T], project[k], bias[k]).mul_(x)
-
-    def whole() -> torch.Tensor:
-        return torch.cat([context.expand(N, -1), candidates], 1)
+    def products() -> list[torch.Tensor]:
+        parts = torch.split(hidden, T, dim=1)
+        masked = [functional.linear(parts[k], project[k], bias[k]).mul_(x) for k in range(K)]
+        return [functional.linear(masked[k], weight[k]) for k in range(K)]
 
     def eager() -> torch.Tensor:
-        x = whole()
-        outs = [functional.linear(masked(k, x), weight[k]) for k in range(K)]
-        return torch.cat([functional.layer_norm(out, (H,), eps=EPS).relu_() for out in outs], 1)
+        normed = [functional.rms_norm(out, (H,), eps=EPS) for out in products()]
+        return torch.cat([out.add_(shift_h).relu_() for out, shift_h in zip(normed, shift, strict=True)], 1)
+
+    def norm_act(outs: Iterable[torch.Tensor]) -> torch.Tensor:
+        normed = [dispatch.hidden_norm_act(norm, out, EPS, "relu") for norm, out in zip(norms, outs, strict=True)]
+        return torch.cat(normed, 1)
 
     def per_block() -> torch.Tensor:
-        x = whole()
-        outs = [functional.linear(masked(k, x), weight[k]) for k in range(K)]
-        return torch.cat([dispatch.hidden_norm_act(core, out, EPS, "relu") for out in outs], 1)
+        return norm_act(products())
 
     def batched() -> torch.Tensor:
-        x_KND = torch.baddbmm(bias[:, None], hidden.view(N, K, T).transpose(0, 1), project.mT).mul_(whole())
-        out_KNh = torch.bmm(x_KND, weight.mT)
-        out = dispatch.hidden_norm_act(core, out_KNh.flatten(0, 1), EPS, "relu")
-        return out.view(K, N, H).transpose(0, 1).reshape(N, K * H)
+        x_KND = torch.baddbmm(bias[:, None], hidden.view(N, K, T).transpose(0, 1), project.mT).mul_(x)
+        return norm_act(torch.bmm(x_KND, weight.mT))
 
     def fused() -> torch.Tensor:
-        x_NKD = mask_project(hidden, aligned_project, bias, context, candidates)
-        out: torch.Tensor = block_gemm(x_NKD, aligned_weight, None, None, None, None, "layer", EPS, 1.0, "relu")
+        x_NKD = mask_project(hidden, project, bias, x)
+        out: torch.Tensor = block_gemm(x_NKD, weight, None, None, shift, "rms", EPS, "relu")
         return out
 
     calls = {"eager": eager, "cublas per block": per_block, "cublas batched": batched, GEMMS: fused}

@@ -308,3 +308,20 @@ def test_wrong_widths(context: tuple[int, int], candidates: tuple[int, int]) -> 
 def test_no_candidates(dtype: torch.dtype) -> None:
     folded = fold(a_network(SHAPES[0]), CONTEXT).to(dtype)
     assert folded(torch.zeros(1, 8, dtype=dtype), torch.zeros(0, 12, dtype=dtype)).shape == (0,)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=title)
+@pytest.mark.parametrize("norm", NORM_SLOTS, ids=title)
+def test_networks_that_are_in_lower_precision_already(norm: dict[str, object], shape: dict[str, object]) -> None:
+    """Folding rounds weights a second time, in layers one after the other: some parts in 2⁹ of the largest logit."""
+    hidden = norm
+    if shape["kind"] == "residual_serial" and norm["name"] in ("none", "evonorm_s0"):
+        hidden = {"name": "layer"}
+    network = scaled_alike(a_network({**shape, "hidden_norm": hidden, "embedding_norm": norm}), 1.0).bfloat16()
+    emb = embeddings(scale=0.3).bfloat16()
+    with torch.no_grad():
+        expected = network(emb)
+        folded = fold(network, CONTEXT)
+        found = folded(*split(emb, folded))
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max().double() <= 0.1 * expected.abs().max().double()

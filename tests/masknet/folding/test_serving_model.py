@@ -82,3 +82,31 @@ def test_rows_hold_the_embedding_and_its_norm(norm: str) -> None:
     given = inputs(tables, 0)
     with torch.no_grad():
         torch.testing.assert_close(serving(*given), model(*given), rtol=0, atol=2e-5)
+
+
+def one_id_each(ids: list[int], lengths: list[int]) -> tuple[KeyedJaggedTensor, torch.Tensor, torch.Tensor]:
+    count = torch.tensor([1, 1, *lengths], dtype=torch.int32)
+    nothing = torch.empty(2, 0)
+    return KeyedJaggedTensor(["user", "age"], torch.tensor([0, 1, *ids]), lengths=count), nothing, nothing
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([4, 5], [1, 1], "not in its table"),
+        ([-1, 0], [1, 1], "not in its table"),
+        ([1, 2], [2, 0], "age must have one id in each of the 2 rows"),
+        ([1, 2, 3], [2, 1], "age must have one id in each of the 2 rows"),
+    ],
+)
+def test_ids_that_cannot_be(ids: list[int], lengths: list[int], message: str) -> None:
+    serving = ServingModel(a_model(("user", "age"), (TABLES[0], TABLES[3]), "layer"), ("user", "age"))
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        serving(*one_id_each(ids, lengths))
+    with torch.no_grad():
+        assert serving(*one_id_each([4, 0], [1, 1])).isfinite().all()
+
+
+def test_single_fields_must_have_ids() -> None:
+    with pytest.raises(ValueError, match="there are no ids of price, shoe"):
+        ServingModel(a_model(FIELDS, TABLES, "layer"), ("user", "price", "shoe"))

@@ -11,7 +11,7 @@ import torch
 
 EMBEDDING_KINDS = ("layer", "rms", "l1", "dyt", "bhyt", "affine", "variance_only")
 HIDDEN_KINDS = (*EMBEDDING_KINDS, "seednorm")
-BLOCK_KINDS = ("none", "layer", "rms", "l1", "bhyt")
+BLOCK_KINDS = ("none", "rms", "l1")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 FIELDS, BLOCKS = 39, 3
 
@@ -85,8 +85,7 @@ def power_cases(thorough: bool) -> Iterator[Case]:
 def _project(rows: int, width: int, dtype: torch.dtype, precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     hidden, weight = _new(rows, BLOCKS * 400, dtype=dtype), _new(BLOCKS, width, 400, dtype=dtype)
-    candidate = _new(rows, width - 160, dtype=dtype)
-    torch.ops.masknet.mask_project(hidden, weight, _new(BLOCKS, width), _new(160), candidate)
+    torch.ops.masknet.mask_project(hidden, weight, _new(BLOCKS, width), _new(rows, width, dtype=dtype))
 
 
 def project_cases(thorough: bool) -> Iterator[Case]:
@@ -103,8 +102,7 @@ def _block(kind: str, rows: int, width: int, dtype: torch.dtype, precision: str)
     torch.set_float32_matmul_precision(precision)
     masked, weight = _new(rows, BLOCKS, 624, dtype=dtype), _new(BLOCKS, width, 624, dtype=dtype)
     vectors = [_new(BLOCKS, width) for _ in range(3)]
-    extra = _new(BLOCKS) if kind == "bhyt" else None
-    torch.ops.masknet.block_gemm(masked, weight, *vectors, extra, kind, 1e-5, 10.0, "relu")
+    torch.ops.masknet.block_gemm(masked, weight, *vectors, kind, 1e-5, "relu")
 
 
 def block_cases(thorough: bool) -> Iterator[Case]:

@@ -14,9 +14,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The share of a tensor's largest entry by which it may be wrong where eager is right by luck: a few roundings of fp32;
 # one unit in the last place of 16 bits, for the interpreter cuts to bfloat16 where compiled code rounds.
 FLOOR = {torch.float32: 2**-21, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-# The largest entry counts as this at least: where terms of about 1 cancel, as in a row of one entry, one rounding of
-# them, 2**-24, is left, and this makes the floor less than that.
-SMALL = 0.1
+# The largest entry counts as this at least. Where terms cancel, as in the gradient of a row of one entry, what is left
+# is their roundings, and they are products of two or three normal numbers: up to 5, of which 2**-24 is 3e-7.
+SMALL = 1.0
 
 Rows = Callable[..., torch.Tensor]
 ROWS: dict[str, Rows] = {

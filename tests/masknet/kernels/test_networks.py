@@ -12,6 +12,7 @@ import torch
 from masknet.config import MaskNetConfig
 from masknet.folding import fold
 from masknet.kernels import dispatch
+from masknet.kernels.limits import WIDEST_HIDDEN
 from masknet.networks import build_network
 from masknet.norms import NORMS, make_norm, set_progress
 
@@ -127,6 +128,31 @@ def test_folded(config: dict[str, object], norm: str) -> None:
     torch.testing.assert_close(out, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("embedding_norm", ["conditional", "none", "layer"])
+@pytest.mark.parametrize("hidden_norm", ["layer", "rms", "batch", "none", "l1", "bhyt"])
+def test_folded_with_a_norm_of_its_own_in_each_slot(hidden_norm: str, embedding_norm: str) -> None:
+    config = {**KINDS[0], "hidden_norm": hidden_norm, "embedding_norm": embedding_norm}
+    folded, other = (fold(a_network(config).eval(), (0,)) for _ in range(2))
+    context, candidates = embeddings()[:1, :1].flatten(1), embeddings()[:, 1:].flatten(1)
+    with torch.no_grad():
+        expected = folded(context, candidates)
+        with dispatch.kernels("fused"):
+            torch.testing.assert_close(folded(context, candidates), expected, **CLOSE)
+            for buffer in other.buffers():  # weights loaded after the first request are the ones that count
+                buffer.mul_(0.5)
+            folded.load_state_dict(other.state_dict())
+            loaded = folded(context, candidates)
+        torch.testing.assert_close(loaded, other(context, candidates), **CLOSE)
+    assert (loaded - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_no_rows(mask: bool) -> None:
+    network = a_network({**KINDS[0], "mask": mask})
+    with dispatch.kernels("fused"):
+        assert network(embeddings()[:0]).shape == (0,)
+
+
 def said(caplog: pytest.LogCaptureFixture, mode: dispatch.Mode, network: torch.nn.Module) -> list[str]:
     caplog.set_level(logging.DEBUG, logger="masknet.kernels.dispatch")
     dtype = next(network.parameters()).dtype
@@ -170,7 +196,7 @@ def test_double_precision_is_eager(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_rows_too_wide_are_eager() -> None:
-    assert not dispatch.takes_kernel("hidden_norm_act", torch.zeros(1, 8193), dispatch.WIDEST_HIDDEN)
+    assert not dispatch.takes_kernel("hidden_norm_act", torch.zeros(1, 8193), WIDEST_HIDDEN)
 
 
 def test_fused_is_an_error_where_no_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -> None:

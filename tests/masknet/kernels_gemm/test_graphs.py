@@ -115,6 +115,58 @@ def test_warm_runs_every_size_once_from_the_largest(ranker: Ranker) -> None:
     )
 
 
+@pytest.mark.parametrize("modes", [(True, False), (False, True)], ids=str)
+def test_inference_mode_may_come_and_go(ranker: Ranker, modes: tuple[bool, bool]) -> None:
+    runner = GraphRunner(ranker, sizes=(4, 8))
+    for seed, mode in enumerate(modes):
+        context, candidates = request_of(3 + seed, seed)
+        with torch.inference_mode(mode):
+            logits = runner(context, candidates)
+        torch.testing.assert_close(logits.double(), expected(ranker, context, candidates), rtol=1e-5, atol=1e-6)
+    logits = runner(*request_of(2)).requires_grad_()  # what came last, outside that mode or in it, binds nobody
+    logits.square().sum().backward()
+    torch.testing.assert_close(logits.grad, 2 * logits.detach())
+
+
+class Event:
+    """In the place of CUDA's: notes when it is waited for and recorded."""
+
+    def __init__(self, notes: list[object]) -> None:
+        self.notes = notes
+
+    def wait(self) -> None:
+        """Of the stream."""
+        self.notes.append("wait")
+
+    def record(self) -> None:
+        """On the stream."""
+        self.notes.append("record")
+
+
+def test_calls_warm_ups_and_failures_wait_for_each_other_across_streams() -> None:
+    notes: list[object] = []
+
+    def network(context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
+        notes.append(len(candidates_NR))
+        if candidates_NR[0, 0] == 7:
+            raise RuntimeError("seven")
+        return candidates_NR[:, 0]
+
+    runner, (context, candidates) = GraphRunner(network, sizes=(4, 8)), request_of(3)
+    runner(context, candidates)
+    assert runner._inputs is not None
+    runner._inputs.done = Event(notes)  # type: ignore[assignment]
+    notes.clear()
+    runner(context, candidates)
+    runner.warm(context, candidates)
+    with pytest.raises(RuntimeError, match="seven"):
+        runner(context, torch.full_like(candidates, 7))
+    with pytest.raises(RuntimeError, match="seven"):
+        runner.warm(context, candidates)
+    turns = [[4], [8, 4], [4], [8]]
+    assert notes == [note for turn in turns for note in ("wait", *turn, "record")]
+
+
 @pytest.mark.parametrize(
     ("context", "candidates", "message"),
     [
