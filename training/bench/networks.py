@@ -3,6 +3,7 @@
 Legend: B rows, N candidates, F fields, d embedding width, C width of the context's embeddings, R of a candidate's.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -148,7 +149,7 @@ def _folding_rivals(device: torch.device, kind: Kind, N: int) -> Rivals:
     request = _request(device, N, torch.float32)
     nothing_10 = request[0][:, :0]
 
-    def unfolded(precision: str) -> torch.Tensor:
+    def unfolded(network: Network, precision: str) -> torch.Tensor:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
@@ -158,8 +159,9 @@ def _folding_rivals(device: torch.device, kind: Kind, N: int) -> Rivals:
         return logits
 
     forwards: dict[str, Forward] = {
-        "unfolded": partial(unfolded, "highest"),
-        "unfolded, oneDNN": partial(unfolded, "medium"),
+        "unfolded": partial(unfolded, network, "highest"),
+        # with weights of its own, for else each would find the other's in the cache
+        "unfolded, oneDNN": partial(unfolded, copy.deepcopy(network), "medium"),
         "folded": lambda: whole(nothing_10, _whole(*request)),
         "folded, context apart": lambda: split(*request),
     }
