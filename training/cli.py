@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from features.errors import InputError
+from masknet.kernels.modes import KernelsError
 from training.errors import Failure
 from training.stack import check_stack
 
@@ -48,6 +49,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
+        _fail(str(error), 2)
+    except KernelsError as error:
         _fail(str(error), 2)
     except Failure as error:
         _fail(str(error), 1)

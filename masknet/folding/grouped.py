@@ -27,6 +27,9 @@ class Form(NamedTuple):
     second: torch.Size
 
 
+Slot = tuple[str, list[nn.Module], str]  # a stack's name, the owners of its parts, and their name for them
+
+
 class GroupedBlocks(nn.Module):
     """The weights of blocks of one form, each kind of them stacked; the blocks' own become views of these.
 
@@ -45,9 +48,7 @@ class GroupedBlocks(nn.Module):
     def __init__(self, blocks: Sequence[FoldedBlock], form: Form) -> None:
         super().__init__()
         self.form, self.first_reader = form, blocks[0].reader
-        self._slots: list[
-            tuple[str, list[nn.Module], str]
-        ] = []  # a stack's name, its blocks' owners, their name for it
+        self._slots: list[Slot] = []
         for slot in ("second", "linear", "norm"):
             for name in ("scale", "shift") if slot == "norm" else ("weight", "bias"):
                 self._slots.append((f"{slot}_{name}", [getattr(block, slot) for block in blocks], name))
@@ -69,9 +70,11 @@ class GroupedBlocks(nn.Module):
         self._link()
         return self
 
-    def takes(self, x_ND: torch.Tensor) -> bool:
-        """Whether the blocks of this input go to the kernels."""
-        return x_ND.dtype == self.linear_weight.dtype and dispatch.takes_gemms(x_ND, self.form.weight[0])
+    def takes(self, x_ND: torch.Tensor, hidden: Hidden) -> bool:
+        """Whether the blocks of this input go to the kernels; autocast, which makes types differ, is torch's."""
+        if hidden.whole_NT is None or not hidden.whole_NT.dtype == x_ND.dtype == self.linear_weight.dtype:
+            return False
+        return dispatch.takes_gemms(x_ND, self.form.weight[0])
 
     def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Outputs of all blocks [N, K·h] of what is masked and of the first layers, where those are in one tensor."""

@@ -31,7 +31,7 @@ class ParallelBody(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Logits [N]."""
-        if self.grouped is not None and hidden.whole_NT is not None and self.grouped.takes(x_ND):
+        if self.grouped is not None and self.grouped.takes(x_ND, hidden):
             out = self.grouped(x_ND, hidden)
         else:
             out = torch.cat([block(x_ND, hidden) for block in self.blocks], dim=1)

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import environ
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
 from masknet.kernels.limits import DTYPES, WIDEST_FIELD, WIDEST_GEMM, WIDEST_HIDDEN
+from masknet.kernels.modes import KernelsError, Mode, mode_of
 from masknet.norms.base import Formula, Norm
-
-Mode = Literal["auto", "fused", "eager"]
 
 log = logging.getLogger(__name__)
 _INTERPRETED = environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests without a GPU
@@ -40,21 +39,14 @@ _NOTHING = nn.Identity()
 _said: set[tuple[object, ...]] = set()
 
 
-def _mode_of(text: str) -> Mode:
-    for mode in get_args(Mode):
-        if mode == text:
-            return mode
-    raise ValueError(f"MASKNET_KERNELS is {text!r}; it must be one of {', '.join(get_args(Mode))}")
-
-
-_mode: Mode = _mode_of(environ.get("MASKNET_KERNELS", "auto"))
+_mode: Mode = mode_of(environ.get("MASKNET_KERNELS", "auto"))
 
 
 @contextmanager
 def kernels(mode: Mode) -> Iterator[None]:
     """`MASKNET_KERNELS` for a while, in this process."""
     global _mode
-    before, _mode = _mode, _mode_of(mode)
+    before, _mode = _mode, mode_of(mode)
     try:
         yield
     finally:
@@ -65,7 +57,7 @@ def takes_kernel(operation: str, x: torch.Tensor, widest: int, norm: Norm | None
     """Whether `operation` goes to its kernel for x, with rows along its last axis, and for what is left of `norm`.
 
     Raises:
-        RuntimeError: the mode is `fused` and no kernel can run on this machine or device.
+        KernelsError: the mode is `fused` and no kernel can run on this machine or device.
     """
     if not _RUNS and _mode != "fused" and not log.isEnabledFor(logging.DEBUG):
         return False  # the usual case on a CPU, where a request's time is counted in microseconds
@@ -96,7 +88,7 @@ def _reason_for_eager(x: torch.Tensor, widest: int) -> str:
     if not (_RUNS and on_device):
         cannot = f"kernels run on CUDA, not on {x.device.type}" if _TRITON else "Triton is not installed"
         if _mode == "fused":
-            raise RuntimeError(f"MASKNET_KERNELS=fused: {cannot}")
+            raise KernelsError(f"MASKNET_KERNELS=fused: {cannot}")
         return cannot
     if _mode == "auto" and x.device.type != "cuda":
         return "Triton's interpreter is for tests"

@@ -12,6 +12,7 @@ from torch.nn import functional
 from masknet.folding import fold
 from masknet.kernels import dispatch
 from masknet.kernels.graphs import GraphRunner
+from masknet.kernels.modes import Mode
 from masknet.networks import Network
 from tests.gpu.settings import CONTEXT, CUDA, DEVICE, embeddings, network_of, request_of
 
@@ -24,7 +25,7 @@ ROWS = 512 if CUDA else 6
 NORMS: list[str | dict[str, Any]] = ["layer", "rms", "dyt", {"name": "power", "warmup_steps": 1}]
 
 
-def losses(network: Network, mode: dispatch.Mode, bf16: bool, steps: int = 5) -> list[float]:
+def losses(network: Network, mode: Mode, bf16: bool, steps: int = 5) -> list[float]:
     """Of steps of SGD on one batch."""
     emb, optimizer = embeddings(ROWS), torch.optim.SGD(network.parameters(), lr=0.05)
     label_B = (torch.arange(ROWS, device=DEVICE) % 2).float()
@@ -101,7 +102,7 @@ BLOCKS_WEIGHTS = [f"blocks.1.{name}" for name in ("mask.aggregate.weight", "mask
 
 @pytest.mark.parametrize("mode", ["eager", "fused"])
 @pytest.mark.parametrize("name", [*NORMS_WEIGHTS, *BLOCKS_WEIGHTS, "logit.weight"])
-def test_a_bad_weight_makes_every_logit_of_a_folded_network_nan(name: str, mode: dispatch.Mode) -> None:
+def test_a_bad_weight_makes_every_logit_of_a_folded_network_nan(name: str, mode: Mode) -> None:
     network = network_of().eval()
     with torch.no_grad():
         network.get_parameter(name).view(-1)[1] = float("nan")
@@ -115,7 +116,7 @@ def test_a_bad_weight_makes_every_logit_of_a_folded_network_nan(name: str, mode:
 
 @pytest.mark.parametrize("mode", ["eager", "fused"])
 @pytest.mark.parametrize("norm", ["layer", "conditional"])
-def test_a_bad_embedding_makes_its_own_logits_of_a_folded_network_nan(norm: str, mode: dispatch.Mode) -> None:
+def test_a_bad_embedding_makes_its_own_logits_of_a_folded_network_nan(norm: str, mode: Mode) -> None:
     folded = fold(network_of(norm, hidden_norm="layer").eval(), CONTEXT).to(DEVICE)
     context, candidates, _ = request_of(ROWS)
     with torch.no_grad(), dispatch.kernels(mode):

@@ -15,6 +15,7 @@ from torch import nn
 from masknet.config import MaskNetConfig
 from masknet.folding import fold
 from masknet.kernels import dispatch
+from masknet.kernels.modes import Mode
 from masknet.networks import Network, build_network
 from masknet.norms.base import Norm
 from training.bench.comparing import Case, Rivals
@@ -89,7 +90,7 @@ def _training_rivals(device: torch.device, name: str, B: int, dtype: torch.dtype
     module = (FirstBlock(network) if name == "MaskBlock" else network).to(device).train()
     emb = normal(device, torch.float32, B, F, D_FIELD)
 
-    def forward(module: Callable[[torch.Tensor], torch.Tensor], mode: dispatch.Mode) -> torch.Tensor:
+    def forward(module: Callable[[torch.Tensor], torch.Tensor], mode: Mode) -> torch.Tensor:
         with dispatch.kernels(mode), torch.autocast(device.type, torch.bfloat16, dtype is torch.bfloat16):
             return module(emb)
 
@@ -122,12 +123,12 @@ def _serving_rivals(device: torch.device, N: int, dtype: torch.dtype) -> Rivals:
     folded = fold(network, CONTEXT_FIELDS)
     request = _request(device, N, dtype)
 
-    def unfolded(mode: dispatch.Mode) -> torch.Tensor:
+    def unfolded(mode: Mode) -> torch.Tensor:
         with dispatch.kernels(mode):
             logits: torch.Tensor = network(_whole(*request).view(-1, F, D_FIELD))
         return logits
 
-    def ranked(ranker: Callable[..., torch.Tensor], mode: dispatch.Mode) -> torch.Tensor:
+    def ranked(ranker: Callable[..., torch.Tensor], mode: Mode) -> torch.Tensor:
         with dispatch.kernels(mode):
             return ranker(*request)
 

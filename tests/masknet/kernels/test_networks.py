@@ -4,7 +4,11 @@ Legend: B rows, F fields, d embedding width.
 """
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from masknet.config import MaskNetConfig
 from masknet.folding import fold
 from masknet.kernels import dispatch
 from masknet.kernels.limits import WIDEST_HIDDEN
+from masknet.kernels.modes import KernelsError, Mode
 from masknet.networks import build_network
 from masknet.norms import NORMS, make_norm, set_progress
 
@@ -48,7 +53,7 @@ def embeddings(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(B, F, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def steps(network: torch.nn.Module, mode: dispatch.Mode, count: int = 3) -> list[torch.Tensor]:
+def steps(network: torch.nn.Module, mode: Mode, count: int = 3) -> list[torch.Tensor]:
     """Logits, the embedding's gradient, and all parameters and buffers after some steps of training."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     seen = []
@@ -146,6 +151,17 @@ def test_folded_with_a_norm_of_its_own_in_each_slot(hidden_norm: str, embedding_
     assert (loaded - expected).abs().max() > 1e-3
 
 
+def test_folded_under_autocast() -> None:
+    folded = fold(a_network(KINDS[0]).eval(), (0,))
+    context, candidates = embeddings()[:1, :1].flatten(1), embeddings()[:, 1:].flatten(1)
+    with torch.no_grad(), dispatch.kernels("fused"):
+        expected = folded(context, candidates)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = folded(context, candidates)
+    # five layers in a row, each rounded to 2⁻⁹
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize("mask", [True, False])
 def test_no_rows(mask: bool) -> None:
     network = a_network({**KINDS[0], "mask": mask})
@@ -153,7 +169,7 @@ def test_no_rows(mask: bool) -> None:
         assert network(embeddings()[:0]).shape == (0,)
 
 
-def said(caplog: pytest.LogCaptureFixture, mode: dispatch.Mode, network: torch.nn.Module) -> list[str]:
+def said(caplog: pytest.LogCaptureFixture, mode: Mode, network: torch.nn.Module) -> list[str]:
     caplog.set_level(logging.DEBUG, logger="masknet.kernels.dispatch")
     dtype = next(network.parameters()).dtype
     with dispatch.kernels(mode), torch.no_grad():
@@ -182,9 +198,7 @@ def test_it_says_once_which_path_it_took(caplog: pytest.LogCaptureFixture) -> No
         ),
     ],
 )
-def test_it_says_why_not(
-    caplog: pytest.LogCaptureFixture, mode: dispatch.Mode, config: dict[str, object], reason: str
-) -> None:
+def test_it_says_why_not(caplog: pytest.LogCaptureFixture, mode: Mode, config: dict[str, object], reason: str) -> None:
     messages = said(caplog, mode, a_network(config).eval())
     assert len(messages) == 2
     assert all(reason in message for message in messages)
@@ -201,22 +215,22 @@ def test_rows_too_wide_are_eager() -> None:
 
 def test_fused_is_an_error_where_no_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_INTERPRETED", False)
-    with dispatch.kernels("fused"), pytest.raises(RuntimeError, match="kernels run on CUDA, not on cpu"):
+    with dispatch.kernels("fused"), pytest.raises(KernelsError, match="kernels run on CUDA, not on cpu"):
         a_network(KINDS[0])(embeddings())
     monkeypatch.setattr(dispatch, "_TRITON", False)
     monkeypatch.setattr(dispatch, "_RUNS", False)
-    with dispatch.kernels("fused"), pytest.raises(RuntimeError, match="Triton is not installed"):
+    with dispatch.kernels("fused"), pytest.raises(KernelsError, match="Triton is not installed"):
         a_network(KINDS[0])(embeddings())
 
 
 def test_unknown_modes() -> None:
-    with pytest.raises(ValueError, match="must be one of auto, fused, eager"), dispatch.kernels("fast"):  # type: ignore[arg-type]
+    with pytest.raises(KernelsError, match="must be one of auto, fused, eager"), dispatch.kernels("fast"):  # type: ignore[arg-type]
         pass
 
 
 @pytest.mark.parametrize("mode", ["eager", "fused"])
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: str(config["kind"]))
-def test_folded_networks_compile_and_export_as_one_graph(config: dict[str, object], mode: dispatch.Mode) -> None:
+def test_folded_networks_compile_and_export_as_one_graph(config: dict[str, object], mode: Mode) -> None:
     folded = fold(a_network(config).eval(), (0,))
     context, candidates = embeddings()[:1, :1].flatten(1), embeddings()[:, 1:].flatten(1)
     torch.compiler.reset()
@@ -229,3 +243,42 @@ def test_folded_networks_compile_and_export_as_one_graph(config: dict[str, objec
             torch.testing.assert_close(compiled(context, candidates[:count]), expected, **CLOSE)
             torch.testing.assert_close(exported(context, candidates[:count]), expected, **CLOSE)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("mode", "script", "reason"),
+    [
+        ("fast", "import masknet.networks", "MASKNET_KERNELS is 'fast'; it must be one of auto, fused, eager"),
+        (
+            "fused",
+            "import torch; from masknet.config import MaskNetConfig as C; from masknet.networks import build_network;"
+            " build_network(C(embedding_dim=2), 3)(torch.zeros(1, 3, 2))",
+            "MASKNET_KERNELS=fused: kernels run on CUDA, not on cpu",
+        ),
+    ],
+)
+def test_the_environment_is_read_when_a_process_starts(mode: str, script: str, reason: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "MASKNET_KERNELS": mode, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"masknet.kernels.modes.KernelsError: {reason}"
+
+
+def test_a_wrong_environment_is_one_line_of_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "bench", "kernels", "--quick"],
+        env={**os.environ, "MASKNET_KERNELS": "fast"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "masknet: MASKNET_KERNELS is 'fast'; it must be one of auto, fused, eager\n"
