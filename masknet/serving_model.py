@@ -70,6 +70,7 @@ class ServingModel(nn.Module):
         self.register_buffer("size_S1", torch.tensor(sizes, dtype=torch.int64)[:, None])
         self.register_buffer("order_F", torch.tensor([order.index(name) for name in model.field_names]))
 
+    @torch.no_grad()
     def forward(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
         """Logits [B] in fp32; arguments as `MaskNet.forward` takes them.
 
@@ -101,7 +102,9 @@ class ServingModel(nn.Module):
         if bool(((id_SB < 0) | (id_SB >= self.size_S1)).any()):
             raise ValueError(f"an id of {', '.join(self.single)} is not in its table")
         place_SB = id_SB + self.offset_S1
-        return self.rows_R2d.index_select(0, place_SB.t().flatten()).view(rows, len(self.single), -1)
+        return self.rows_R2d.index_select(0, place_SB.t().flatten()).view(
+            rows, len(self.single), self.rows_R2d.shape[1]
+        )
 
     def _embedded(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, L, d] of the other fields."""
@@ -111,7 +114,9 @@ class ServingModel(nn.Module):
             embedded.append(self.embeddings(ids.permute([ids.keys().index(name) for name in names])))
         if self.values is not None:
             embedded.append(self.values(values_BV, missing_BV))
-        return KeyedTensor.regroup(embedded, [self.others])[0].view(ids.stride(), len(self.others), -1)
+        return KeyedTensor.regroup(embedded, [self.others])[0].view(
+            ids.stride(), len(self.others), self.rows_R2d.shape[1] // 2
+        )
 
 
 def _is_of_one(config: EmbeddingBagConfig, single: Collection[str]) -> bool:

@@ -26,6 +26,7 @@ from masknet.residual import ResidualBlock
 __all__ = ["ServingNetwork", "fold"]
 
 
+@torch.inference_mode(False)  # for weights that can be loaded into, whatever mode this is called in
 @torch.no_grad()
 def fold(network: Network, context: Sequence[int] = ()) -> ServingNetwork:
     """The network for inference, on the CPU or wherever it is moved to; `network` is left as it is.

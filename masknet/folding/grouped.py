@@ -11,10 +11,8 @@ from torch import nn
 
 from masknet.folding.blocks import FoldedBlock, Hidden
 from masknet.kernels import dispatch
-from masknet.kernels.limits import align_rows
+from masknet.kernels.limits import BLOCK_KINDS, align_rows
 from masknet.norms.base import RowNorm
-
-_KINDS = ("rms", "l1")  # those of `block_gemm`
 
 
 class Form(NamedTuple):
@@ -99,7 +97,7 @@ def _form(block: FoldedBlock) -> Form | None:
         return None
     norm, kind, eps = block.norm.norm, "none", 1.0
     if norm is not None:
-        if not isinstance(norm, RowNorm) or norm.kind not in _KINDS:
+        if not isinstance(norm, RowNorm) or norm.kind not in BLOCK_KINDS:
             return None
         kind, eps = norm.kind, norm.eps
     return Form(kind, eps, block.activation, block.linear.weight.shape, block.second.weight.shape)

@@ -103,7 +103,8 @@ class ServingNetwork(nn.Module):
             RuntimeError: a gradient is asked for.
         """
         self._check(context_1C, candidates_NR)
-        if torch.is_grad_enabled() and (context_1C.requires_grad or candidates_NR.requires_grad):
+        given = (context_1C, candidates_NR, normed_NR)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
             raise RuntimeError("a folded network is for inference and gives no gradients: use the trained one")
         hidden = Hidden() if self.first is None else self.first(context_1C, candidates_NR)
         logit_N: torch.Tensor = self.body(self._normed(context_1C, candidates_NR, normed_NR, hidden), hidden)

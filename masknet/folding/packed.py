@@ -42,6 +42,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self._packed: torch.Tensor | None = None
+        self._version = -1  # of the weight when it was packed
 
     def forward(
         self,
@@ -79,8 +80,9 @@ class PackedLinear(nn.Module):
     def _by_onednn(
         self, x_NZ: torch.Tensor, activation: Activation, times: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors count none
+        if self._packed is None or version != self._version:
+            self._packed, self._version = torch.ops.mkldnn._reorder_linear_weight(self.weight, None), version
         linear: Any = torch.ops.mkldnn._linear_pointwise
         out: torch.Tensor
         if times is not None:

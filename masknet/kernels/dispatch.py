@@ -59,7 +59,7 @@ def takes_kernel(operation: str, x: torch.Tensor, widest: int, norm: Norm | None
     Raises:
         KernelsError: the mode is `fused` and no kernel can run on this machine or device.
     """
-    if not _RUNS and _mode != "fused" and not log.isEnabledFor(logging.DEBUG):
+    if not _RUNS and _mode != "fused" and (torch.compiler.is_compiling() or not log.isEnabledFor(logging.DEBUG)):
         return False  # the usual case on a CPU, where a request's time is counted in microseconds
     reason = _reason_for_eager(x, widest)
     if not reason and norm is not None and not norm.has_formula:

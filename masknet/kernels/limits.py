@@ -6,6 +6,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums and statistics a
 WIDEST_FIELD = 1024  # d of an embedding: up to here a row fits the backward pass's tile
 WIDEST_HIDDEN = 8192  # h of a hidden vector: a row has to fit into the registers of a program
 WIDEST_GEMM = 512  # h of a block: a row of its output is one tile, and more than this does not stay in registers
+BLOCK_KINDS = ("none", "rms", "l1")  # of norms in the epilogue of a block's GEMM; others would spill registers
 ALIGNMENT = 16  # entries; rows that start at multiples of it are read 16 bytes at a time in every type
 
 
@@ -16,5 +17,8 @@ def padded(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def align_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The same values, with rows that start so; for weights whose width is no multiple of ALIGNMENT."""
+    """The same values with rows that start so; the weight itself where they do."""
+    *others, last = weight.stride()
+    if last == 1 and all(stride % ALIGNMENT == 0 for stride in others):
+        return weight
     return padded(weight, *weight.shape).copy_(weight)

@@ -15,10 +15,8 @@ import triton
 from triton.runtime.driver import driver
 
 from masknet.kernels.gemm_tiles import LaunchShape, block_gemm_kernel, block_shape, mask_project_kernel, project_shape
-from masknet.kernels.limits import DTYPES, WIDEST_GEMM, padded
+from masknet.kernels.limits import BLOCK_KINDS, DTYPES, WIDEST_GEMM, padded
 
-# of layer norm, folding leaves rms; dyt and variance_only would spill registers
-BLOCK_KINDS = ("none", "rms", "l1")  # the rest would spill registers
 INTERPRETED = not isinstance(block_gemm_kernel, triton.JITFunction)
 
 

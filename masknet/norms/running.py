@@ -5,7 +5,7 @@ processes they are all-reduced, in the forward pass and in the backward pass. Of
 of several smaller batches, running statistics see the whole (`set_accumulation`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,8 @@ class RunningNorm(Norm):
     @property
     def num_steps(self) -> int:
         """The value of `steps`, read from its device only when something else than `count_step` has changed it."""
+        if self.steps.is_inference():  # such tensors have no versions
+            return int(self.steps)
         seen = self._counted
         if seen is None or seen[0] is not self.steps or seen[1] != self.steps._version:
             seen = self._counted = (self.steps, self.steps._version, int(self.steps))
@@ -90,7 +92,10 @@ class RunningNorm(Norm):
         """Move `steps` on."""
         value = self.num_steps + 1
         self.steps += 1
-        self._counted = (self.steps, self.steps._version, value)
+        self._counted = None if self.steps.is_inference() else (self.steps, self.steps._version, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_counted": None}  # a copy counts its tensors' versions anew
 
     def affine(self) -> Affine:
         """What evaluation does, by the running statistics, in terms that gradients go through."""

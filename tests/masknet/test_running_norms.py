@@ -688,3 +688,23 @@ def test_the_count_of_steps_follows_whatever_changes_it() -> None:
     norm.load_state_dict(other.state_dict())
     assert norm.num_steps == 3
     assert norm.double().num_steps == int(norm.steps) == 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_copy_counts_its_own_steps(steps: int) -> None:
+    long, short = (make_norm("power", (3,), eps=EPS).train() for _ in range(2))
+    for norm, count in ((long, 70), (short, steps)):
+        for _ in range(count):
+            norm(torch.randn(4, 3))
+    copied = copy.deepcopy(short)
+    copied.load_state_dict(long.state_dict())
+    assert copied.num_steps == int(copied.steps) == 70
+
+
+def test_steps_are_counted_whatever_mode_a_norm_was_made_in() -> None:
+    with torch.inference_mode():
+        norm = make_norm("batch", (3,), eps=EPS).train()
+        norm(torch.randn(4, 3))
+        assert norm.num_steps == 1
+        norm(torch.randn(4, 3))
+        assert norm.num_steps == int(norm.steps) == 2

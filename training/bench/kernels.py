@@ -91,7 +91,7 @@ def measure(quick: bool, only: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command without the command line's libraries: exit codes are the same."""
+    """The command without the command line's libraries: exit codes are the same, but for a wrong MASKNET_KERNELS."""
     parser = argparse.ArgumentParser(description="Times of the kernels, and of what else could do their work.")
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     parser.add_argument("--quick", action="store_true", help="few runs of small sizes")

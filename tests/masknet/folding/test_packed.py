@@ -74,6 +74,8 @@ def test_weights_may_change() -> None:
         close(layer(x), exact(layer, x))
         assert layer.double()(x.double()).dtype == torch.float64
         close(layer.float()(x), exact(layer, x))
+        layer.weight.mul_(2)
+        close(layer(x), exact(layer, x))
         twin = copy.deepcopy(layer)
         layer.load_state_dict({"weight": torch.zeros(OUTPUTS, INPUTS), "bias": torch.zeros(OUTPUTS)})
         assert not layer(x).any()
@@ -208,3 +210,28 @@ def test_requests_at_once() -> None:
     assert len(found) == 4
     for each in found:
         torch.testing.assert_close(each, expected)
+
+
+def test_a_fold_can_be_loaded_into_whatever_mode_it_was_made_in() -> None:
+    _, context, candidates = embeddings(200)
+    with torch.inference_mode():
+        made = fold(a_network("parallel"), range(4))
+        made(context, candidates)
+    network = a_network("parallel")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+    new = fold(network, range(4))
+    made.load_state_dict(new.state_dict())
+    torch.testing.assert_close(made(context, candidates), new(context, candidates))
+
+
+def test_moving_to_where_it_is_moves_nothing() -> None:
+    folded = fold(a_network("parallel"), range(4))
+
+    def places() -> dict[str, int]:
+        return {name: buffer.data_ptr() for name, buffer in folded.named_buffers(remove_duplicate=False)}
+
+    before = places()
+    folded.to("cpu").float()
+    assert places() == before

@@ -110,3 +110,9 @@ def test_ids_that_cannot_be(ids: list[int], lengths: list[int], message: str) ->
 def test_single_fields_must_have_ids() -> None:
     with pytest.raises(ValueError, match="there are no ids of price, shoe"):
         ServingModel(a_model(FIELDS, TABLES, "layer"), ("user", "price", "shoe"))
+
+
+@pytest.mark.parametrize("single", [(), ("user", "age")], ids=len)
+def test_it_asks_for_no_gradients_and_takes_no_rows(single: tuple[str, ...]) -> None:
+    serving = ServingModel(a_model(FIELDS, TABLES, "layer"), single)
+    assert not serving(*inputs(TABLES, 2)).requires_grad

@@ -282,3 +282,31 @@ def test_a_wrong_environment_is_one_line_of_the_command() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "masknet: MASKNET_KERNELS is 'fast'; it must be one of auto, fused, eager\n"
+
+
+def test_networks_compile_as_one_graph_where_no_kernel_can_run() -> None:
+    script = """
+import torch
+from masknet.config import MaskNetConfig
+from masknet.folding import fold
+from masknet.networks import build_network
+
+network, emb = build_network(MaskNetConfig(embedding_dim=4, block_width=8, head=(4,)), 3), torch.randn(6, 3, 4)
+folded, empty = fold(network), torch.empty(1, 0)
+whole = {"fullgraph": True, "backend": "aot_eager"}
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(network.eval(), **whole)(emb), network(emb))
+    torch.testing.assert_close(torch.compile(folded, **whole)(empty, emb.flatten(1)), folded(empty, emb.flatten(1)))
+torch.compile(network.train(), **whole)(emb).sum().backward()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(
+        command,
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
