@@ -96,7 +96,7 @@ def test_power_norm_act_of_many_rows() -> None:
     torch.testing.assert_close(dbias.double(), sums, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "dyt"])
+@pytest.mark.parametrize("norm", ["layer", "rms", "dyt", "batch", "power_v"])
 def test_a_step_of_training_does_not_wait_for_the_device(norm: str) -> None:
     network, emb = network_of(norm).train(), embeddings(500).requires_grad_()
     dout = torch.ones(500, device="cuda")
