@@ -60,7 +60,7 @@ class Builder:
             self.notes.notes.insert(1, Note("first layers", FOLDED, text))
 
     def block(
-        self, place: str, block: MaskBlock | MaskOnlyBlock, owed: Affine | None, *, wide: bool, moves: str = ""
+        self, place: str, block: MaskBlock | MaskOnlyBlock, owed: Affine | None, *, wide: bool, moves: str
     ) -> tuple[FoldedBlock, Affine | None]:
         """A block folded, and what its output is owed.
 

@@ -17,10 +17,10 @@ from masknet.kernels.launch import (
     check_norm,
     check_tensors,
     contiguous,
-    new_gradient,
     new_sums,
     num_programs,
     on_device,
+    register_gradients,
     tile_of,
     total,
 )
@@ -135,20 +135,4 @@ def embedding_norm_mask_backward(
     return dx_BFd, dmask_BD, dweight, dbias, dextra
 
 
-@embedding_norm_mask_backward.register_fake
-def _(dout_BD: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(new_gradient(each, dout_BD) for each in inputs[:5])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _backward(ctx: Any, dout_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = embedding_norm_mask_backward(dout_BD, *ctx.saved_tensors, *ctx.options)
-    kept = (None if each is None else grad for each, grad in zip(ctx.saved_tensors, grads, strict=True))
-    return *kept, *[None] * len(ctx.options)
-
-
-embedding_norm_mask.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(embedding_norm_mask, embedding_norm_mask_backward, tensors=5)

@@ -18,10 +18,10 @@ from masknet.kernels.launch import (
     check_norm,
     check_tensors,
     contiguous,
-    new_gradient,
     new_sums,
     num_programs,
     on_device,
+    register_gradients,
     row_tile_of,
     total,
 )
@@ -158,20 +158,4 @@ def hidden_norm_act_backward(
     return dx_Bh, dweight, dbias, dextra
 
 
-@hidden_norm_act_backward.register_fake
-def _(dout_Bh: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(new_gradient(each, dout_Bh) for each in inputs[:4])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _backward(ctx: Any, dout_Bh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = hidden_norm_act_backward(dout_Bh, *ctx.saved_tensors, *ctx.options)
-    kept = (None if each is None else grad for each, grad in zip(ctx.saved_tensors, grads, strict=True))
-    return *kept, *[None] * len(ctx.options)
-
-
-hidden_norm_act.register_autograd(_backward, setup_context=_setup_context)
+register_gradients(hidden_norm_act, hidden_norm_act_backward, tensors=4)

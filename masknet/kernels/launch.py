@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -98,6 +98,28 @@ def total(sums: torch.Tensor | None, parameter: torch.Tensor | None, like: torch
 def new_gradient(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Room for the gradient of x; without entries where there is no x, for an operator cannot return None."""
     return like.new_empty(0) if x is None else x.new_empty(x.shape)
+
+
+def register_gradients(forward: Any, backward: Any, *, tensors: int) -> None:
+    """Autograd of an operator by another one, and that one's fake.
+
+    Args:
+        forward: the operator.
+        backward: takes the gradient of its output and then its arguments, and returns a gradient for each of `tensors`.
+        tensors: how many of the arguments are tensors or None; they come first.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = backward(dout, *ctx.saved_tensors, *ctx.options)
+        kept = (None if each is None else grad for each, grad in zip(ctx.saved_tensors, grads, strict=True))
+        return *kept, *[None] * len(ctx.options)
+
+    forward.register_autograd(gradients, setup_context=save)
+    backward.register_fake(lambda dout, *inputs: tuple(new_gradient(each, dout) for each in inputs[:tensors]))
 
 
 def check_norm(kind: str, eps: float, extra: torch.Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """The README of the package: its table is the code's, and its example of a new normalization works as it stands."""
 
 import inspect
+import json
 import re
 import sys
 import types
@@ -13,7 +14,8 @@ from masknet.config import MaskNetConfig
 from masknet.networks import build_network
 from masknet.norms import NORMS
 
-README = (Path(__file__).parents[2] / "masknet" / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "masknet" / "README.md").read_text()
 TABLE = {
     name: (re.findall(r"`(\w+)`", parameters), left)
     for name, parameters, left in re.findall(r"^\| `(\w+)` \| .*? \| (.*?) ?\| (.*?) \|$", README, re.M)
@@ -64,3 +66,19 @@ def test_the_explanation_is_what_the_example_prints(capsys: pytest.CaptureFixtur
     exec(compile(source, "explain.py", "exec"), {})
     [printed] = re.findall(r"```text\n(.*?)```", README, re.S)
     assert capsys.readouterr().out == printed
+
+
+def test_the_figures_of_folding_are_the_committed_ones() -> None:
+    rows = json.loads((ROOT / "tests" / "benchmarks" / "results" / "kernels.json").read_text())["rows"]
+    median = {(row["kind"], row["N"], row["rival"]): row["p50"] for row in rows if row["name"] == "ranking"}
+    table = re.findall(r"^\| ([\d,]+) \| (.* ms .* ×) \|$", README, re.M)
+    assert [int(rows.replace(",", "")) for rows, _ in table] == [1, 50, 500, 2000]
+    for rows, cells in table:
+        expected = []
+        for kind in ("parallel", "serial"):
+            unfolded, by_onednn, folded = (
+                median[kind, int(rows.replace(",", "")), rival]
+                for rival in ("unfolded", "unfolded, oneDNN", "folded, context apart")
+            )
+            expected += [f"{unfolded:.3g} ms", f"{unfolded / folded:.2f} ×", f"{by_onednn / folded:.2f} ×"]
+        assert cells.split(" | ") == expected

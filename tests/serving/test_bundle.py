@@ -120,3 +120,14 @@ def test_a_rows_score_does_not_depend_on_its_batch(bundle: Bundle, dataset: Prep
     together = bundle.scorer.score_encoded(table)
     alone = np.concatenate([bundle.scorer.score_encoded(table.slice(row, 1)) for row in range(200)])
     np.testing.assert_allclose(alone, together, rtol=0, atol=1e-6)  # the promise of every published score
+
+
+def test_scores_come_from_the_folded_network(
+    bundle: Bundle, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the trained network was asked")
+
+    golden = json.loads((bundle_path / "golden.json").read_text())
+    monkeypatch.setattr(bundle.scorer.model.network, "forward", refuse)
+    check_golden(bundle.scorer, golden, "bundle")

@@ -13,6 +13,7 @@ import torch
 from masknet.config import MaskNetConfig
 from masknet.folding import ServingNetwork, fold
 from masknet.folding.blocks import FoldedBlock
+from masknet.folding.packed import PackedLinear
 from masknet.networks import build_network
 from masknet.norms import NORMS, set_progress
 from masknet.norms.affine import AffineOnly
@@ -325,3 +326,30 @@ def test_networks_that_are_in_lower_precision_already(norm: dict[str, object], s
         found = folded(*split(emb, folded))
     assert found.dtype == torch.bfloat16
     assert (found - expected).abs().max().double() <= 0.1 * expected.abs().max().double()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("norm", NORM_SLOTS, ids=title)
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=title)
+def test_the_explanation_is_of_what_is_left(shape: dict[str, object], norm: dict[str, object], scale: float) -> None:
+    network = a_network({**shape, "hidden_norm": norm})
+    folded = fold(scaled_alike(network, scale) if scale else network, CONTEXT)  # with a γ of 0, or all of one sign
+    for k, block in enumerate(folded.body.blocks, start=1):
+        notes = [note for note in folded.explanation.notes if note.place == f"block {k}"]
+        kept = [note.text for note in notes if note.outcome == "kept"]
+        moved = [note.text for note in notes if note.outcome == "folded" and "past the ReLU" in note.text]
+        assert any("row" in text for text in kept) == (block.norm.norm is not None)
+        assert any(text.startswith("γ") for text in kept) == (block.norm.scale is not None)
+        assert not (moved and block.norm.scale is not None)
+
+
+def test_the_context_is_multiplied_once() -> None:
+    seen: dict[str, list[int]] = {}
+    folded = fold(a_network(SHAPES[0]), CONTEXT)
+    for name, layer in folded.first.named_modules():
+        if not isinstance(layer, PackedLinear):
+            continue
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: list(given[0].shape)}))
+    with torch.no_grad():
+        folded(*split(embeddings(), folded))
+    assert seen == {"context": [1, len(CONTEXT) * DIM], "candidates": [N, (F - len(CONTEXT)) * DIM]}

@@ -116,3 +116,10 @@ def test_single_fields_must_have_ids() -> None:
 def test_it_asks_for_no_gradients_and_takes_no_rows(single: tuple[str, ...]) -> None:
     serving = ServingModel(a_model(FIELDS, TABLES, "layer"), single)
     assert not serving(*inputs(TABLES, 2)).requires_grad
+
+
+def test_norms_come_from_the_tables() -> None:
+    serving, given = ServingModel(a_model(FIELDS, TABLES, "layer"), ("user", "age")), inputs(TABLES, 2)
+    before = serving(*given)
+    serving.rows_R2d[:, DIM:] += 1.0
+    assert (serving(*given) - before).abs().min() > 1e-4

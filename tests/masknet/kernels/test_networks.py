@@ -310,3 +310,16 @@ torch.compile(network.train(), **whole)(emb).sum().backward()
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_products_go_to_the_kernels_where_they_were_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU of compute capability 9.0, of which the benchmark has said so for 2 to 5 candidates
+    monkeypatch.setattr(dispatch, "_reason_for_eager", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(dispatch.MEASURED_GEMMS, ((9, 0), torch.float32), (2, 5))
+    with dispatch.kernels("auto"):
+        assert [rows for rows in range(8) if dispatch.takes_gemms(torch.zeros(rows, 4), 512)] == [2, 3, 4, 5]
+        assert not dispatch.takes_gemms(torch.zeros(3, 4), 513)
+        assert not dispatch.takes_gemms(torch.zeros(3, 4, dtype=torch.bfloat16), 512)
+    with dispatch.kernels("fused"):
+        assert dispatch.takes_gemms(torch.zeros(7, 4), 512)
