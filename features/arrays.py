@@ -59,12 +59,12 @@ def with_missing(ids: IdsN, values: pa.Array) -> IdsN:
     return ids
 
 
-def as_column(ids: IdsN, lengths: LengthsN | None) -> pa.Array:
-    """int32 [N], or list<int32> [N], where missing and empty lists are the missing id alone."""
+def as_column(ids: IdsN, lengths: LengthsN | None, dtype: type[np.integer] = np.int32) -> pa.Array:
+    """Ids [N] as `dtype`, or lists of them [N], where missing and empty lists are the missing id alone."""
     if lengths is None:
-        return pa.array(ids.astype(np.int32, copy=False))
+        return pa.array(ids.astype(dtype, copy=False))
     empty_N = lengths == 0
     starts = np.cumsum(lengths) - lengths
-    filled = np.insert(ids.astype(np.int32), starts[empty_N], MISSING)
+    filled = np.insert(ids.astype(dtype), starts[empty_N], MISSING)
     offsets = np.concatenate([[0], np.cumsum(np.where(empty_N, 1, lengths))]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(filled))

@@ -17,6 +17,7 @@ from torchrec.streamable import Pipelineable
 from features.pipeline import Layout
 
 IndexB = npt.NDArray[np.int64]
+IdsN = npt.NDArray[np.integer]  # int32; int64 where they are hashes
 
 
 class Inputs(NamedTuple):
@@ -58,7 +59,7 @@ class Batch(Pipelineable):
 class _Ragged(NamedTuple):
     """A list field's ids: `values[offsets[i]:offsets[i + 1]]` are row i's."""
 
-    values: npt.NDArray[np.int32]
+    values: IdsN
     offsets: IndexB
 
     def take(self, row_B: IndexB) -> "_Ragged":
@@ -69,7 +70,10 @@ class _Ragged(NamedTuple):
 
 
 class EncodedRows:
-    """Encoded fields of N rows in memory, ready to be gathered. Single ids stand row by row: a gather reads lines."""
+    """Encoded fields of N rows in memory, ready to be gathered. Single ids stand row by row: a gather reads lines.
+
+    They are int32, unless there are hashes (managed fields) among them.
+    """
 
     def __init__(self, layout: Layout, single_NF: torch.Tensor, ragged: dict[str, _Ragged], values: "Values") -> None:
         self.layout = layout
@@ -82,6 +86,8 @@ class EncodedRows:
         columns = {name: table[name].combine_chunks() for name in layout.ids}
         ragged = {name: _ragged(column) for name, column in columns.items() if pa.types.is_list(column.type)}
         singles = [torch.from_numpy(_writable(columns[name])) for name in layout.ids if name not in ragged]
+        if any(ids_N.dtype == torch.int64 for ids_N in singles):
+            singles = [ids_N.to(torch.int64) for ids_N in singles]
         single_NF = torch.stack(singles, dim=1) if singles else torch.empty(table.num_rows, 0, dtype=torch.int32)
         return cls(layout, single_NF, ragged, Values.of(table, layout.values))
 
@@ -167,5 +173,5 @@ def _ragged(column: pa.Array) -> _Ragged:
     return _Ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _writable(column: pa.Array) -> npt.NDArray[np.int32]:
+def _writable(column: pa.Array) -> IdsN:
     return column.to_numpy(zero_copy_only=False).copy()

@@ -4,14 +4,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features.encoders import MISSING, Cross, Ids
+from features.encoders import MISSING, Cross, Ids, Managed
 from features.hashing import HashN, combine_hashes, mix
 
 # name, hashes of the values (text fields), ids (all others), the values, and their lengths per row (lists)
 Part = tuple[str, HashN | None, npt.NDArray[np.integer] | None, pa.Array, Ids | None]
 
 
-def cross_ids(encoder: Cross, parts: list[Part]) -> tuple[Ids, Ids | None]:
+def cross_ids(encoder: Cross | Managed, parts: list[Part]) -> tuple[Ids, Ids | None]:
     """Ids of the parts' combinations, one for each item of the list where one part is a list, and the lists' lengths.
 
     A text value counts by its hash, any other by its id. Where a part is missing, so is the combination.

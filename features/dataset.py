@@ -7,6 +7,7 @@ profile.json       counts per split and field
 quarantine/        the rows that were set aside, with file, line, column and reason
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import InputError, one_line
-from features.files import read_json, sha256_file
+from features.files import canonical_json, read_json, sha256_file
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from features.validation import validate
@@ -50,11 +51,16 @@ class SplitFiles:
             with pq.ParquetFile(group.file) as file:
                 return file.read_row_group(group.index, columns=columns)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"prepared data: {group.file} is damaged: {one_line(error)}") from None
+            raise InputError(
+                f"prepared data: row group {group.index} of {group.file} is damaged: {one_line(error)}"
+            ) from None
 
 
 def _row_groups(file: Path) -> list[RowGroup]:
-    metadata = pq.read_metadata(file)
+    try:
+        metadata = pq.read_metadata(file)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"prepared data: {file} is damaged: {one_line(error)}") from None
     return [RowGroup(file, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
 
 
@@ -88,6 +94,11 @@ class PreparedDataset:
         if pipeline.digest != manifest["pipeline_digest"]:
             raise InputError(f"prepared data {path} is damaged: pipeline/ is not the one in manifest.json")
         return cls(path, manifest, validate(Schema, manifest["schema"], f"prepared data {path}"), pipeline)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for data sets of the same pipeline and files."""
+        return hashlib.sha256(canonical_json([self.pipeline.digest, self.manifest["files"]])).hexdigest()
 
     @cached_property
     def splits(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Fitted encoders: canonical values in, ids or values out, a whole column at a time.
 
 Every encoder of ids keeps id 0 for missing and id 1 for never seen; the ids of values start at 2. Encoders of text see
-the values' hashes (`features.hashing`), encoders of numbers the numbers.
+the values' hashes (`features.hashing`), encoders of numbers the numbers. Ids are rows of a table, but for those of
+managed fields, which find their rows in a map that training keeps (`features.id_maps`).
 """
 
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -85,6 +86,33 @@ class Cross(Hash):
     """The hash of several values' combination, modulo `buckets`."""
 
     kind: ClassVar[str] = "cross"
+
+
+class Managed:
+    """Hashes as ids, which get rows of a table with `buckets` rows while training goes on. Nothing is fitted.
+
+    Ids are the upper 63 bits of xxh3-64 (or of a cross's hash): never negative in 64 bits with a sign. The lowest two
+    stand for missing and never seen, the highest for a free row. There is one chance in 184,000 that any two of ten
+    million values collide.
+    """
+
+    kind: ClassVar[str] = "managed"
+    _LARGEST = 2**63 - 2
+
+    def __init__(self, buckets: int, eviction: str) -> None:
+        self.buckets, self.eviction = buckets, eviction
+
+    @property
+    def num_ids(self) -> int:
+        """Rows of the table, those of missing and never seen among them; ids themselves are larger."""
+        return self.buckets
+
+    def encode(self, hash_N: HashN) -> Ids:
+        """Ids of the values with these hashes, none of which is missing."""
+        return np.clip((hash_N >> np.uint64(1)).view(np.int64), FIRST, self._LARGEST)
+
+    def state(self) -> dict[str, Any]:
+        return {"buckets": self.buckets, "eviction": self.eviction}
 
 
 class Identity(_Buckets):
@@ -186,7 +214,7 @@ def _doubles(values: pa.Array) -> tuple[FloatN, npt.NDArray[np.bool_]]:
 
 
 NumberEncoder: TypeAlias = Quantile | LogBucket | DatePart
-IdEncoder: TypeAlias = Vocabulary | Hash | Cross | Identity | Quantile | LogBucket | DatePart
+IdEncoder: TypeAlias = Vocabulary | Hash | Cross | Managed | Identity | Quantile | LogBucket | DatePart
 AnyEncoder: TypeAlias = IdEncoder | Scale
 
 
@@ -196,7 +224,7 @@ def load_encoder(kind: str, state: dict[str, Any], table: pa.Table | None) -> An
         return Vocabulary.from_table(table)
     if kind == Quantile.kind:
         return Quantile(np.asarray(state["boundaries"], np.float64))
-    plain: dict[str, type[Hash | Identity | LogBucket | DatePart | Scale]] = {
-        cls.kind: cls for cls in (Hash, Cross, Identity, LogBucket, DatePart, Scale)
+    plain: dict[str, type[Hash | Managed | Identity | LogBucket | DatePart | Scale]] = {
+        cls.kind: cls for cls in (Hash, Cross, Managed, Identity, LogBucket, DatePart, Scale)
     }
     return plain[kind](**state)

@@ -14,6 +14,6 @@ def listed(names: list[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's message without its line breaks."""
     return " ".join(str(error).split())

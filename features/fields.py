@@ -10,6 +10,8 @@ from features.validation import Frozen
 FieldName = Annotated[str, Field(min_length=1)]
 Buckets = Annotated[int, Field(ge=1, le=2**31 - 3)]  # two ids are kept for missing and never seen
 VALUE_ENCODERS = ("standard", "log1p", "minmax")
+Eviction = Literal["lfu", "lru", "distance_lfu"]
+MANAGED_BUCKETS = 3  # at least: missing, never seen, and an id
 DATE_PARTS = {"hour": 24, "weekday": 7, "day": 31, "month": 12}
 MAX_PARTS = 8  # of a cross
 _LOG_BUCKETS = 512
@@ -22,13 +24,15 @@ class TrainingOnly(Frozen):
 
 
 class _Ids(Frozen):
-    """Keys shared by fields whose values are looked up (vocabulary), hashed (hash) or ids already (identity)."""
+    """Keys shared by fields whose values are looked up (vocabulary), hashed (hash), ids already (identity) or given
+    rows while training goes on (managed)."""
 
     name: FieldName
-    encoder: Literal["vocabulary", "hash", "identity"] = "vocabulary"
+    encoder: Literal["vocabulary", "hash", "identity", "managed"] = "vocabulary"
     min_count: Annotated[int, Field(ge=1)] | None = None
     max_size: Annotated[int, Field(ge=1)] | None = None
     buckets: Buckets | None = None
+    eviction: Eviction | None = None
     unknown_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     share_with: FieldName | None = None
     training_only: TrainingOnly | None = None
@@ -37,13 +41,19 @@ class _Ids(Frozen):
     def _encoder_keys(self) -> "_Ids":
         given = self.model_fields_set
         if self.share_with is not None:
-            _refuse(given, ("encoder", "min_count", "max_size", "buckets"), "share_with takes it from the other field")
+            _refuse(
+                given,
+                ("encoder", "min_count", "max_size", "buckets", "eviction"),
+                "share_with takes it from the other field",
+            )
         elif self.encoder == "vocabulary":
-            _refuse(given, ("buckets",), "it belongs to encoder hash and identity, not to vocabulary")
+            _refuse(given, ("buckets",), "it belongs to encoder hash, identity and managed, not to vocabulary")
         else:
             _refuse(given, ("min_count", "max_size"), f"it belongs to encoder vocabulary, not to {self.encoder}")
             if self.buckets is None:
                 raise ValueError(f"encoder {self.encoder} needs buckets, the number of ids")
+        if self.share_with is None:
+            _check_managed(self.encoder, self.buckets, self.eviction)
         return self
 
 
@@ -98,13 +108,19 @@ class NumericField(Frozen):
 
 
 class CrossField(Frozen):
-    """The combination of other fields' values as one value, hashed."""
+    """The combination of other fields' values as one value, hashed or managed."""
 
     name: FieldName
     type: Literal["cross"]
     of: Annotated[tuple[FieldName, ...], Field(min_length=2, max_length=MAX_PARTS)]
-    encoder: Literal["hash"] = "hash"
+    encoder: Literal["hash", "managed"] = "hash"
     buckets: Buckets
+    eviction: Eviction | None = None
+
+    @model_validator(mode="after")
+    def _encoder_keys(self) -> "CrossField":
+        _check_managed(self.encoder, self.buckets, self.eviction)
+        return self
 
 
 class DateField(Frozen):
@@ -130,6 +146,15 @@ class DateField(Frozen):
 RawField: TypeAlias = CategoricalField | ListField | NumericField
 DerivedField: TypeAlias = CrossField | DateField
 FieldSpec: TypeAlias = Annotated[RawField | DerivedField, Field(discriminator="type")]
+
+
+def _check_managed(encoder: str, buckets: int | None, eviction: str | None) -> None:
+    if encoder != "managed" and eviction is not None:
+        raise ValueError(f"eviction: it belongs to encoder managed, not to {encoder}")
+    if encoder == "managed" and buckets is not None and buckets < MANAGED_BUCKETS:
+        raise ValueError(
+            f"buckets: {buckets} rows are too few for encoder managed: missing, never seen and an id need one each"
+        )
 
 
 def _refuse(given: set[str], keys: tuple[str, ...], why: str) -> None:

@@ -11,12 +11,13 @@ import pyarrow.compute as pc
 
 from features.columns import Rows, as_table, canonical
 from features.counting import NumberCounts, TextCounts, count_text
-from features.encoders import AnyEncoder, Cross, DatePart, Hash, Identity, LogBucket, Quantile, Scale
+from features.encoders import AnyEncoder, Cross, DatePart, Hash, Identity, LogBucket, Managed, Quantile, Scale
 from features.fields import DATE_PARTS, CategoricalField, CrossField, DateField, FieldSpec, ListField, NumericField
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
 
 MIN_COUNT = 2  # so that the never-seen id is trained, by the values seen once
+EVICTION = "lfu"
 
 FloatN = npt.NDArray[np.float64]
 
@@ -88,10 +89,13 @@ def _fit(field: FieldSpec, text: TextCounts | None, numbers: NumberCounts | None
     """The encoder that the schema asks for, from the training split's counts where it takes any."""
     if isinstance(field, DateField):
         return DatePart(DATE_PARTS[field.part], field.part, field.timezone)
-    if isinstance(field, CrossField):
-        return Cross(field.buckets)
     if isinstance(field, NumericField):
         return _fit_number(field, numbers or NumberCounts())
+    if field.encoder == "managed":
+        assert field.buckets is not None  # as below
+        return Managed(field.buckets, field.eviction or EVICTION)
+    if isinstance(field, CrossField):
+        return Cross(field.buckets)
     if field.encoder == "vocabulary":
         return (text or TextCounts()).vocabulary(field.min_count or MIN_COUNT, field.max_size)
     assert field.buckets is not None  # the schema's validator requires it

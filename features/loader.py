@@ -3,11 +3,13 @@
 Legend: G rows of a global batch, B rows of this rank's share of it.
 """
 
+import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,11 @@ from features.pipeline import FeaturePipeline
 
 BUFFER_ROWS = 262_144  # rows in memory that are shuffled together
 AHEAD = 4  # batches made ahead of the one in use
+THREAD = "masknet-loader"
 _PARTS = 8  # an epoch's last batch is at least this part of a whole one
 
 T = TypeVar("T")
+_running: dict[threading.Thread, threading.Event] = {}  # threads that make something, and what stops them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +103,22 @@ class BatchLoader:
         """Steps per epoch."""
         return len(self._ends)
 
-    def epoch(self, number: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's batches of an epoch, from `first_step` on; decoding runs ahead in a thread."""
+    def epoch(self, number: int, first_step: int = 0) -> Generator[Batch, None, None]:
+        """This rank's batches of an epoch, from `first_step` on; decoding runs ahead in threads that end with it."""
         return _ahead(lambda: self._batches(number, first_step), AHEAD)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         starts = [0, *self._ends]
         if first_step >= len(self._ends):
             return
-        buffers = _ahead(lambda: self._buffers(epoch, starts[first_step]), 1)
-        buffer = next(buffers)
-        for start, end in zip(starts[first_step:], self._ends[first_step:], strict=False):
-            while end > buffer.start + len(buffer.order):
-                buffer = _joined(buffer, start, next(buffers))
-            yield self._batch(buffer, buffer.order[start - buffer.start : end - buffer.start])
+        with closing(_ahead(lambda: self._buffers(epoch, starts[first_step]), 1)) as buffers:
+            buffer = next(buffers)
+            for start, end in zip(starts[first_step:], self._ends[first_step:], strict=False):
+                while end > buffer.start + len(buffer.order):
+                    buffer = _joined(buffer, start, next(buffers))
+                yield self._batch(buffer, buffer.order[start - buffer.start : end - buffer.start])
 
-    def _buffers(self, epoch: int, position: int) -> Iterator[_Buffer]:
+    def _buffers(self, epoch: int, position: int) -> Generator[_Buffer, None, None]:
         """Decoded buffers from the one that holds the row at `position` of the epoch's order."""
         start = 0
         for index, groups in enumerate(self._grouped(epoch)):
@@ -180,8 +184,11 @@ def _joined(buffer: _Buffer, start: int, following: _Buffer) -> _Buffer:
     )
 
 
-def _ahead(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """The iterator's items, made in a thread up to `depth` ahead; its errors are raised here."""
+def _ahead(make: Callable[[], Generator[T, None, None]], depth: int) -> Generator[T, None, None]:
+    """The generator's items, made in a thread up to `depth` ahead; its errors are raised here.
+
+    The thread has ended when this generator has (at its end, closed, dropped), and before the interpreter goes.
+    """
     made: queue.Queue[T | BaseException | None] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -189,25 +196,44 @@ def _ahead(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
         while not stop.is_set():
             try:
                 made.put(item, timeout=0.1)
-                return True
+                return not stop.is_set()
             except queue.Full:
                 continue
         return False
 
     def run() -> None:
         try:
-            for item in make():
-                if not put(item):
-                    return
+            with closing(make()) as items:
+                for item in items:
+                    if not put(item):
+                        return
             put(None)
         except BaseException as error:
             put(error)
 
-    threading.Thread(target=run, daemon=True, name="masknet-loader").start()
+    thread = threading.Thread(target=run, daemon=True, name=THREAD)
+    _running[thread] = stop
+    thread.start()
     try:
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stop.set()
+        _end(thread, stop, made)
+
+
+def _end(thread: threading.Thread, stop: threading.Event, made: "queue.Queue[Any] | None" = None) -> None:
+    stop.set()
+    while made is not None and not made.empty():  # a thread that waits for room goes on at once
+        made.get_nowait()
+    if thread is not threading.current_thread():  # where the thread's own garbage collection has come here
+        thread.join()
+    _running.pop(thread, None)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Threads must not be inside of a library when the interpreter goes: unwinding them by force aborts the process."""
+    for thread, stop in list(_running.items()):
+        _end(thread, stop)

@@ -14,7 +14,7 @@ from features import pipeline_files
 from features.arrays import as_column, flat_values, texts_at_once, with_missing
 from features.columns import Canonical, Rows, as_table, canonical, column_of, with_default
 from features.crosses import cross_ids
-from features.encoders import AnyEncoder, Cross, Hash, Identity, Scale, Vocabulary
+from features.encoders import AnyEncoder, Cross, Hash, Identity, Managed, Scale, Vocabulary
 from features.errors import InputError
 from features.fields import CategoricalField, CrossField, DateField, FieldSpec, ListField
 from features.hashing import HashN, hash_text
@@ -22,6 +22,7 @@ from features.lookup import Lookup
 from features.utf8 import shown
 
 LengthsN = npt.NDArray[np.int64]
+_HASHED = (Vocabulary, Hash, Managed)  # encoders that see hashes of text
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class FittedField:
     def is_value(self) -> bool:
         """Whether the field is a number to the model and not an id."""
         return isinstance(self.encoder, Scale)
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether the field's ids are hashes that a map gives rows (`features.id_maps`)."""
+        return isinstance(self.encoder, Managed)
 
     @property
     def normalize(self) -> bool:
@@ -88,6 +94,8 @@ class FeaturePipeline:
 
     def encode(self, rows: Rows) -> pa.Table:
         """Ids (int32, lists of them) and values (float32) of raw rows, one column per field in the pipeline's order.
+
+        The ids of a managed field are int64: hashes, whose rows a map knows (`features.id_maps`).
 
         The column of a training-only field may be absent: the field's default stands for it.
 
@@ -137,14 +145,14 @@ class FeaturePipeline:
             if field.name in found:
                 ids[field.name] = with_missing(found[field.name], values)
             else:
-                assert not isinstance(field.encoder, (Vocabulary, Hash))  # those are among the hashed
+                assert not isinstance(field.encoder, _HASHED)  # those are among the hashed
                 ids[field.name] = field.encoder.encode(values)
-            encoded[field.name] = as_column(ids[field.name], lengths)
+            encoded[field.name] = as_column(ids[field.name], lengths, _width(field))
         for field in self.fields:
             if isinstance(field.spec, CrossField):
-                assert isinstance(field.encoder, Cross)
+                assert isinstance(field.encoder, (Cross, Managed))
                 parts = [(name, hashes.get(name), ids.get(name), *flat[name]) for name in field.spec.of]
-                encoded[field.name] = as_column(*cross_ids(field.encoder, parts))
+                encoded[field.name] = as_column(*cross_ids(field.encoder, parts), _width(field))
         return pa.table({name: encoded[name] for name in self.names})
 
     def warm_up(self) -> None:
@@ -167,8 +175,7 @@ class FeaturePipeline:
         return tuple(
             field.name
             for field in self.inputs
-            if isinstance(field.encoder, (Vocabulary, Hash))
-            or (isinstance(field.encoder, Identity) and field.name in crossed)
+            if isinstance(field.encoder, _HASHED) or (isinstance(field.encoder, Identity) and field.name in crossed)
         )
 
     def _hashes(self, flat: dict[str, pa.Array], known: dict[str, HashN]) -> dict[str, HashN]:
@@ -185,7 +192,7 @@ class FeaturePipeline:
         found = self._lookup.find([(self._vocabulary_number[name], hashes[name]) for name in asked])
         ids: dict[str, npt.NDArray[np.integer]] = dict(zip(asked, found, strict=True))
         for field in self.inputs:
-            if type(field.encoder) is Hash:
+            if isinstance(field.encoder, (Hash, Managed)):
                 ids[field.name] = field.encoder.encode(hashes[field.name])
         return ids
 
@@ -210,6 +217,11 @@ class FeaturePipeline:
     def hidden(self) -> dict[str, float]:
         """The share of ids that training replaces by the never-seen id, for each field that has one."""
         return {field.name: rate for field in self.fields if (rate := getattr(field.spec, "unknown_rate", 0.0)) > 0}
+
+    @cached_property
+    def managed(self) -> dict[str, str]:
+        """By each managed field, the field whose table and map of ids it uses, in the order of F."""
+        return {field.name: field.owner for field in self.fields if field.is_managed}
 
     @cached_property
     def digest(self) -> str:
@@ -240,6 +252,10 @@ def _fitted(spec: FieldSpec, encoders: dict[str, AnyEncoder], by_name: dict[str,
     pooled = next((part for part in lists[::-1] if isinstance(part, ListField)), None)
     is_list = any(isinstance(part, ListField) for part in lists[:-1])
     return FittedField(spec, encoders[owner], owner, pooled.pooling if pooled else "sum", is_list)
+
+
+def _width(field: FittedField) -> type[np.integer]:
+    return np.int64 if field.is_managed else np.int32
 
 
 def _owns_vocabulary(field: FittedField) -> bool:

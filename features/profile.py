@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from features.dataset import SPLITS
-from features.encoders import FIRST, MISSING, UNKNOWN, DatePart, Hash, Identity, Scale, Vocabulary
-from features.fields import NumericField
+from features.encoders import FIRST, MISSING, UNKNOWN, DatePart, Hash, Identity, Managed, Scale, Vocabulary
+from features.fields import CrossField, NumericField
 from features.metrics import binned_auc, psi
 from features.pipeline import FeaturePipeline, FittedField
 from features.stats import BINS, FieldStats, Stats
@@ -67,7 +67,7 @@ def _field(field: FittedField, stats: FieldStats, number: int) -> dict[str, Any]
 
 def _told_apart(field: FittedField, count_K: npt.NDArray[np.int64]) -> int:
     """Distinct known values of a field whose bins hold one id each."""
-    if isinstance(field.encoder, (Scale, Hash)) or field.encoder.num_ids > BINS:
+    if isinstance(field.encoder, (Scale, Hash, Managed)) or field.encoder.num_ids > BINS:
         return 0
     return int(np.count_nonzero(count_K[FIRST:]))
 
@@ -75,7 +75,7 @@ def _told_apart(field: FittedField, count_K: npt.NDArray[np.int64]) -> int:
 def _top(field: FittedField, stats: FieldStats, number: int, count_K: npt.NDArray[np.int64]) -> list[list[Any]] | None:
     """The most frequent values and their counts; None for a cross, whose values have no names."""
     encoder = field.encoder
-    if type(encoder) is Hash:
+    if type(encoder) in (Hash, Managed) and not isinstance(field.spec, CrossField):
         named = sorted(stats.named[number].items(), key=lambda pair: (-pair[1], pair[0]))
         return [[value, count] for value, count in named[:TOP]]
     if not isinstance(encoder, (Vocabulary, Identity, DatePart)):

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 
 from features.counting import NumberCounts, count_text
 from features.dataset import LABEL, SPLITS, TIME
-from features.encoders import FIRST, MISSING, UNKNOWN, Hash, Identity, Scale, Vocabulary
+from features.encoders import FIRST, MISSING, UNKNOWN, Hash, Identity, Managed, Scale, Vocabulary
 from features.fields import CrossField, ListField, NumericField
 from features.hashing import HashN, hash_text, mix
 from features.pipeline import FeaturePipeline, FittedField
 from features.sketches import DistinctSketch, RepeatSketch
 
-BINS = 4096  # ids told apart; the rarer ids of a larger vocabulary share the last, buckets of hashes share by modulo
+BINS = 4096  # ids told apart; the rarer ids of a larger vocabulary share the last, hashes and their buckets by modulo
 _NAMED = 10_000  # hashed values whose counts are kept, and how many of a chunk's most frequent ones are looked at
 _OF_CHUNK = 1_000
 
@@ -119,7 +119,7 @@ class Stats:
         stats.count_LSK += np.bincount(flat_N, minlength=stats.count_LSK.size).reshape(stats.count_LSK.shape)
         if raw is not None:
             _add_values(stats, field, raw, bin_N, code_N, split_N)
-        elif not isinstance(field.encoder, Scale) and field.encoder.num_ids > BINS:
+        elif field.is_managed or (not isinstance(field.encoder, Scale) and field.encoder.num_ids > BINS):
             _add_distinct(stats, mix(code_N[bin_N >= FIRST]), split_N[bin_N >= FIRST])
         if lengths is None:
             return code_N
@@ -130,7 +130,7 @@ class Stats:
 def _num_bins(field: FittedField, edges: Edges) -> int:
     if isinstance(field.encoder, Scale):
         return FIRST + len(edges.get(field.name, ())) + 1
-    return min(field.encoder.num_ids, BINS)
+    return BINS if field.is_managed else min(field.encoder.num_ids, BINS)
 
 
 def _bins(field: FittedField, column: pa.Array, edges: Edges) -> tuple[npt.NDArray[np.int64], HashN]:
@@ -140,7 +140,7 @@ def _bins(field: FittedField, column: pa.Array, edges: Edges) -> tuple[npt.NDArr
         bin_N = FIRST + np.searchsorted(edges.get(field.name, np.empty(0)), values_N.astype(np.float64), side="right")
         return np.where(np.isnan(values_N), MISSING, bin_N), values_N.view(np.uint32).astype(np.uint64)
     ids_N = column.to_numpy(zero_copy_only=False).astype(np.int64)
-    if field.encoder.num_ids <= BINS:
+    if field.encoder.num_ids <= BINS and not field.is_managed:
         bin_N = ids_N
     elif isinstance(field.encoder, Vocabulary):
         bin_N = np.minimum(ids_N, BINS - 1)
@@ -156,14 +156,14 @@ def _add_values(
     if isinstance(field.spec, NumericField):
         _add_numbers(stats, raw, split_N)
         return
-    if type(field.encoder) is Hash:
+    if type(field.encoder) in (Hash, Managed):
         chosen_N = bin_N != MISSING
     else:
         if field.encoder.num_ids > BINS:  # type: ignore[union-attr]  # text and dates have ids; else bins tell them apart
             known_N = bin_N >= FIRST
             _add_distinct(stats, mix(code_N[known_N]), split_N[known_N])
         chosen_N = bin_N == UNKNOWN
-    if chosen_N.any() and isinstance(field.encoder, (Vocabulary, Identity, Hash)):
+    if chosen_N.any() and isinstance(field.encoder, (Vocabulary, Identity, Hash, Managed)):
         _add_text(stats, field, raw, chosen_N, split_N)
 
 
@@ -190,7 +190,7 @@ def _add_text(
     else:
         values, split_N = raw.filter(pa.array(chosen_N)), split_N[chosen_N]
     _add_distinct(stats, hash_text(values), split_N)
-    if type(field.encoder) is not Hash:
+    if type(field.encoder) not in (Hash, Managed):
         return
     for number, named in enumerate(stats.named):
         inside = values if (split_N == number).all() else values.filter(pa.array(split_N == number))

@@ -2,7 +2,9 @@
 
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU, "selu": nn.SELU}
+from masknet.kernels.products import ReLU
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": ReLU, "elu": nn.ELU, "selu": nn.SELU}
 
 
 def make_dropout(activation: str, rate: float) -> nn.Module:

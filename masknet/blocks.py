@@ -8,10 +8,10 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.kernels.dispatch import PendingNorm, masked, norm_act
+from masknet.kernels.products import Linear, linear, relu
 from masknet.norms.base import Norm
 
 
@@ -25,12 +25,12 @@ class InstanceGuidedMask(nn.Module):
             raise ValueError(
                 f"reduction_ratio {reduction_ratio} leaves no aggregation unit for a width of {masked_width}"
             )
-        self.aggregate = nn.Linear(embedding_width, aggregation_width)
-        self.project = nn.Linear(aggregation_width, masked_width)
+        self.aggregate = Linear(embedding_width, aggregation_width)
+        self.project = Linear(aggregation_width, masked_width)
 
     def forward(self, raw_BD: torch.Tensor) -> torch.Tensor:
         """Mask [B, z]."""
-        mask_Bz: torch.Tensor = self.project(functional.relu(self.aggregate(raw_BD)))
+        mask_Bz: torch.Tensor = self.project(relu(self.aggregate(raw_BD)))
         return mask_Bz
 
 
@@ -59,7 +59,7 @@ class StandardizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """W' x."""
-        return functional.linear(x, self.standardized(), self.bias)
+        return linear(x, self.standardized(), self.bias)
 
 
 def effective_weight(linear: nn.Linear) -> torch.Tensor:
@@ -86,8 +86,8 @@ class MaskBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.mask = mask
-        linear = StandardizedLinear if weight_standardization else nn.Linear
-        self.linear = initialize(linear(input_width, width, bias=False), activation)
+        layer = StandardizedLinear if weight_standardization else Linear
+        self.linear = initialize(layer(input_width, width, bias=False), activation)
         self.norm = norm
         self.activation = nn.Identity() if norm.replaces_activation else ACTIVATIONS[activation]()
         self.dropout = make_dropout(activation, dropout)

@@ -116,6 +116,9 @@ class MaskNetConfig(BaseModel):
     head: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(400, 400), description="widths of the MLP over parallel blocks; [] for the serial kinds"
     )
+    pooling: dict[str, Literal["sum", "mean"]] = Field(
+        default={}, description="of list fields' embeddings, by table, instead of the schema's: `{genres: sum}`"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="after every block's and head layer's activation")
     placement: Literal["pre", "post", "peri", "mix", "none"] | None = Field(
         default=None, description="where residual_serial has its norms (there `pre` unless given); for no other kind"

@@ -39,7 +39,7 @@ class MaskNet(nn.Module):
         device: where the tables are made; "meta" leaves that to TorchRec's sharding.
 
     Raises:
-        ValueError: no field has ids, or the configuration leaves a layer without units.
+        ValueError: no field has ids, the configuration leaves a layer without units, or it names an unknown table.
     """
 
     def __init__(
@@ -56,9 +56,12 @@ class MaskNet(nn.Module):
         values = [field for field in fields if isinstance(field, ValueField)]
         self.field_names = [field.name if isinstance(field, ValueField) else field for field in fields]
         self.table_names = [table.name for table in tables]
+        for name in config.pooling:
+            if name not in self.table_names:
+                raise ValueError(f"pooling: {name} is no table; there are {', '.join(self.table_names)}")
         self._dim = config.embedding_dim
         self.embeddings = EmbeddingBagCollection(
-            tables=[_bag_config(index, table, config.embedding_dim) for index, table in enumerate(tables)],
+            tables=[_bag_config(index, table, config) for index, table in enumerate(tables)],
             device=torch.device(device),
         )
         raw = [i for i, field in enumerate(fields) if isinstance(field, ValueField) and not field.normalize]
@@ -110,13 +113,14 @@ def table_key(index: int) -> str:
     return f"t{index:03d}"
 
 
-def _bag_config(index: int, table: Table, dim: int) -> EmbeddingBagConfig:
+def _bag_config(index: int, table: Table, config: MaskNetConfig) -> EmbeddingBagConfig:
+    pooling = config.pooling.get(table.name, table.pooling)
     return EmbeddingBagConfig(
         name=table_key(index),
-        embedding_dim=dim,
+        embedding_dim=config.embedding_dim,
         num_embeddings=table.rows,
         feature_names=list(table.features),
-        pooling=PoolingType.MEAN if table.pooling == "mean" else PoolingType.SUM,
+        pooling=PoolingType.MEAN if pooling == "mean" else PoolingType.SUM,
     )
 
 

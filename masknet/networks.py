@@ -7,6 +7,7 @@ from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.blocks import InstanceGuidedMask, MaskBlock, MaskOnlyBlock, NoMask
 from masknet.config import MaskNetConfig
 from masknet.kernels.dispatch import normed, normed_embedding
+from masknet.kernels.products import Linear, narrowed, widened
 from masknet.norms import make_norm
 from masknet.norms.base import Affine, Norm
 from masknet.norms.none import NoNorm
@@ -100,12 +101,12 @@ class SerialMaskNet(nn.Module):
 
     def forward(self, emb_BFd: torch.Tensor) -> torch.Tensor:
         """Logits [B]."""
-        raw_BD = emb_BFd.flatten(1)
+        raw_BD = narrowed(emb_BFd.flatten(1))
         x_Bz = normed_embedding(self.embedding_norm, emb_BFd, raw_BD)
         for block in self.blocks:
             x_Bz = block(x_Bz, raw_BD)
         assert isinstance(x_Bz, torch.Tensor)  # since the first block has multiplied
-        logit_B: torch.Tensor = self.logit(normed(self.final_norm, x_Bz, raw_BD)).squeeze(-1)
+        logit_B: torch.Tensor = self.logit(widened(normed(self.final_norm, x_Bz, raw_BD))).squeeze(-1)
         return logit_B
 
 
@@ -121,7 +122,7 @@ class ParallelMaskNet(nn.Module):
         width = config.blocks * (config.block_width if config.feed_forward else embedding_width)
         for next_width in config.head:
             layers += [
-                initialize(nn.Linear(width, next_width), config.activation),
+                initialize(Linear(width, next_width), config.activation),
                 ACTIVATIONS[config.activation](),
                 make_dropout(config.activation, config.dropout),
             ]
@@ -131,10 +132,10 @@ class ParallelMaskNet(nn.Module):
 
     def forward(self, emb_BFd: torch.Tensor) -> torch.Tensor:
         """Logits [B]."""
-        raw_BD = emb_BFd.flatten(1)
+        raw_BD = narrowed(emb_BFd.flatten(1))
         normed_BD = normed_embedding(self.embedding_norm, emb_BFd, raw_BD)
         hidden_BKh = torch.cat([block(normed_BD, raw_BD) for block in self.blocks], dim=1)
-        logit_B: torch.Tensor = self.logit(self.head(hidden_BKh)).squeeze(-1)
+        logit_B: torch.Tensor = self.logit(widened(self.head(hidden_BKh))).squeeze(-1)
         return logit_B
 
 

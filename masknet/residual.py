@@ -22,6 +22,7 @@ from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.blocks import StandardizedLinear
 from masknet.config import MaskNetConfig
 from masknet.kernels.dispatch import normed
+from masknet.kernels.products import Linear
 from masknet.norms import make_norm
 from masknet.norms.base import Norm
 from masknet.norms.none import NoNorm
@@ -46,8 +47,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         width, scaling = config.block_width, config.depth_scaling
         self.mask = mask
-        linear = StandardizedLinear if config.weight_standardization else nn.Linear
-        self.linear = initialize(linear(width, width, bias=False), config.activation)
+        layer = StandardizedLinear if config.weight_standardization else Linear
+        self.linear = initialize(layer(width, width, bias=False), config.activation)
         self.activation = ACTIVATIONS[config.activation]()
         self.dropout = make_dropout(config.activation, config.dropout)
         self.norm_in = hidden_norm(config, raw_width, used=place in ("pre", "peri"))

@@ -6,11 +6,14 @@ manifest.sha256     SHA-256 of manifest.json
 schema.yaml         the schema that the model was trained with
 pipeline/           the fitted encoders
 members/00/         network.safetensors, and embeddings/ with one file per table, numbered in the order of the fields
+id_maps/            where fields are managed: the ids that have rows, one file per such table, numbered as the tables
 golden.json         synthetic rows with the scores they must get
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from features.encoders import Scale
 from features.errors import InputError, one_line
 from features.files import folder_written_whole, hash_tree, read_json, sha256_file, write_json
+from features.id_maps import IdMap
 from features.pipeline import FeaturePipeline, FittedField
 from features.schema import Schema, load_schema
 from features.validation import validate
@@ -28,6 +32,7 @@ from masknet.config import MaskNetConfig
 from masknet.model import MaskNet, Table
 from masknet.values import ValueField
 from serving.golden import GOLDEN_FILE, check_golden, make_golden
+from serving.id_map_files import load_id_maps, save_id_maps
 from serving.scorer import Scorer
 
 FORMAT = 2
@@ -98,6 +103,7 @@ def write_bundle(
     sampling_rate: float,
     run_id: str | None,
     evaluate: Any,
+    id_maps: Mapping[str, IdMap] = MappingProxyType({}),
 ) -> Bundle:
     """Write a bundle that appears only when it is whole, and open it.
 
@@ -112,6 +118,7 @@ def write_bundle(
         sampling_rate: the kept share of negatives in the training split, which every score is corrected for.
         run_id: the MLflow run that trained it, or None.
         evaluate: called with the bundle's scorer; returns the metrics to record, by split.
+        id_maps: of every managed table, by the tables' names.
     """
     with folder_written_whole(out) as folder:
         (folder / "schema.yaml").write_text(yaml.safe_dump(schema.plain(), sort_keys=False))
@@ -121,6 +128,7 @@ def write_bundle(
         save_file(network, member / "network.safetensors")
         for index, table in enumerate(tables_of(pipeline)):
             save_file({"weight": tables[table.name]}, _table_file(member, index), metadata={"field": table.name})
+        save_id_maps(folder, tables_of(pipeline), id_maps)
         scorer = _load_scorer(folder, config, pipeline, sampling_rate)
         write_json(folder / GOLDEN_FILE, make_golden(scorer))
         manifest = {
@@ -194,4 +202,4 @@ def _load_scorer(path: Path, config: MaskNetConfig, pipeline: FeaturePipeline, s
         model.load_weights(load_file(member / "network.safetensors"), weights)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise InputError(f"bundle {path}: the weights do not fit the model: {one_line(error)}") from None
-    return Scorer(pipeline, model, sampling_rate)
+    return Scorer(pipeline, model, sampling_rate, load_id_maps(path, tables, pipeline))

@@ -1,6 +1,6 @@
 """Golden rows: synthetic rows whose scores a bundle must reproduce wherever it is loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -26,7 +26,9 @@ Columns = dict[str, list[Any]]
 def make_golden(scorer: Scorer, seed: int = 0) -> dict[str, Any]:
     """Rows drawn from what the encoders were fitted to (no person's data), and their scores.
 
-    Columns that hold nothing but times are seconds since 1970.
+    Columns that hold nothing but times are seconds since 1970. Of managed fields, whose known values nobody has kept,
+    `ids` says which ids the rows have once they are encoded: missing, what the pipeline makes of a text never seen, and
+    known ones.
     """
     random = np.random.default_rng(seed)
     columns = {field.name: _draw(field, random) for field in _served(scorer)}
@@ -36,12 +38,13 @@ def make_golden(scorer: Scorer, seed: int = 0) -> dict[str, Any]:
             columns[date.from_] = _only_times(columns[date.from_], date)
         elif date.from_ not in columns:
             columns[date.from_] = [None, *random.uniform(_SINCE, _UNTIL, ROWS - 1).round().tolist()]
-    return {"rows": columns, "scores": _scores(scorer, columns).tolist()}
+    golden = {"rows": columns, "ids": {name: _known_ids(scorer, name, random) for name in scorer.pipeline.managed}}
+    return {**golden, "scores": _scores(scorer, golden).tolist()}
 
 
 def check_golden(scorer: Scorer, golden: Any, bundle: str) -> None:
     """InputError unless every golden row gets its score to 1e-5."""
-    off_N = np.abs(_scores(scorer, golden["rows"]) - np.asarray(golden["scores"]))
+    off_N = np.abs(_scores(scorer, golden) - np.asarray(golden["scores"]))
     if not np.all(off_N <= TOLERANCE):
         worst = int(np.nanargmax(off_N))
         raise InputError(f"bundle {bundle} is refused: golden row {worst} scores {off_N[worst]:.2e} off its record")
@@ -57,10 +60,27 @@ def _dates(scorer: Scorer) -> list[DateField]:
     return [field.spec for field in scorer.pipeline.fields if isinstance(field.spec, DateField)]
 
 
-def _scores(scorer: Scorer, columns: Columns) -> ScoreN:
+def _known_ids(scorer: Scorer, name: str, random: np.random.Generator) -> list[Any]:
+    """For each row the field's ids, drawn from its map; None where those of the raw row stay, in the first two rows."""
+    field = next(field for field in scorer.pipeline.fields if field.name == name)
+    ids_K = scorer.id_maps[field.owner].ids_K
+    if not len(ids_K):
+        return [None] * ROWS
+    drawn = [random.choice(ids_K, 1 + i % 3 if field.is_list else 1).tolist() for i in range(ROWS - 2)]
+    return [None, None, *(ids if field.is_list else ids[0] for ids in drawn)]
+
+
+def _scores(scorer: Scorer, golden: Mapping[str, Any]) -> ScoreN:
+    columns = golden["rows"]
     fields = {field.name for field in _served(scorer)}
     only_times = {date.from_ for date in _dates(scorer)} - fields
-    return scorer.score({name: _times(values) if name in only_times else values for name, values in columns.items()})
+    rows = {name: _times(values) if name in only_times else values for name, values in columns.items()}
+    encoded = scorer.pipeline.encode(rows)
+    for name, given in golden.get("ids", {}).items():  # older bundles have none
+        own = encoded[name].to_pylist()
+        ids = [mine if id_ is None else id_ for mine, id_ in zip(own, given, strict=True)]
+        encoded = encoded.set_column(encoded.column_names.index(name), name, pa.array(ids, encoded[name].type))
+    return scorer.score_encoded(encoded)
 
 
 def _times(seconds: Iterable[float | None]) -> list[datetime | None]:

@@ -37,6 +37,7 @@ fields:
   - {name: stars, type: numeric, encoder: log_bucket}
   - {name: shelf, type: categorical, encoder: identity, buckets: 12}
   - {name: user_x_shelf, type: cross, of: [user, shelf], buckets: 300}
+  - {name: shelf_x_stars, type: cross, of: [shelf, stars], encoder: managed, buckets: 400, eviction: lru}
   - {name: hour, type: date, from: at, part: hour, format: "%Y%m%d%H"}
   - {name: position, type: categorical, encoder: identity, buckets: 5, training_only: {default: 2}}
 """

@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import polars as pl
 import pytest
+from typer.exceptions import TyperException
+from typer.main import get_command
 
+from training.cli import app
 from training.reference import config_reference
 
 ROOT = Path(__file__).parent.parent
@@ -72,12 +76,12 @@ def start(home: Path, command: str) -> subprocess.Popen[str]:
     )
 
 
-def test_commands_run_in_order(home: Path) -> None:
-    names = [shlex.split(command)[1] for command in COMMANDS]
-    assert names == [
+def test_commands_are_understood() -> None:
+    words = [shlex.split(command)[1:] for command in COMMANDS]
+    assert [name for name, *_ in words] == [
         "prepare",
         "prepare",
-        *2 * ["train"],
+        *4 * ["train"],
         "evaluate",
         "promote",
         "score",
@@ -86,6 +90,15 @@ def test_commands_run_in_order(home: Path) -> None:
         "ablate",
         "serve",
     ]
+    commands: dict[str, Any] = vars(get_command(app))["commands"]
+    for name, *given in words:
+        commands[name].make_context(name, given)
+    with pytest.raises(TyperException, match="No such option: --seed"):
+        commands["train"].make_context("train", [*words[2][1:], "--seed", "2"])
+
+
+@pytest.mark.long
+def test_commands_run_in_order(home: Path) -> None:
     for command in COMMANDS[:-1]:
         process = start(home, command)
         _, error = process.communicate(timeout=120)
@@ -93,6 +106,7 @@ def test_commands_run_in_order(home: Path) -> None:
     assert (home / "runs" / "report" / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_serve_and_both_curl_lines(home: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from features.batches import EncodedRows
 from features.dataset import LABEL, PreparedDataset
-from features.encoders import UNKNOWN, Scale
+from features.encoders import FIRST, UNKNOWN, Scale
 from features.metrics import logloss
 
 ScoreN = npt.NDArray[np.float64]
@@ -57,6 +57,8 @@ def _columns(dataset: PreparedDataset, table: pa.Table, hide: bool = False) -> s
         length_N = jagged.lengths().numpy()
         offsets = np.concatenate([[0], np.cumsum(length_N)])
         weights = np.repeat(1.0 / length_N, length_N)
-        shape = (table.num_rows, field.encoder.num_ids)
-        blocks.append(sparse.csr_matrix((weights, jagged.values().numpy(), offsets), shape=shape))
+        ids_I, width = jagged.values().numpy(), field.encoder.num_ids
+        if field.is_managed:  # there is no map without a model: hashes share columns
+            ids_I = np.where(ids_I < FIRST, ids_I, FIRST + ids_I % (width - FIRST))
+        blocks.append(sparse.csr_matrix((weights, ids_I, offsets), shape=(table.num_rows, width)))
     return sparse.hstack(blocks).tocsr()

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from features.errors import InputError
 from masknet.kernels.modes import KernelsError
-from training.errors import Failure
+from training.errors import Failure, PeerLost, Stopped
 from training.stack import check_stack
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.launch import Launch
 
 app = typer.Typer(
     name="masknet",
@@ -43,27 +48,42 @@ MaxBadRows = Annotated[
 
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    from training.launch import end_with_torchrun
     from training.quiet import quiet_libraries
 
     quiet_libraries()
+    end_with_torchrun()
     try:
         app()
     except InputError as error:
         _fail(str(error), 2)
     except KernelsError as error:
         _fail(str(error), 2)
+    except PeerLost as error:
+        _fail(str(error), 1, others_know=True)
     except Failure as error:
         _fail(str(error), 1)
+    except Stopped as error:
+        _stopped(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", 1)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, *, others_know: bool = False) -> NoReturn:
     from training.launch import let_rank_0_speak
 
-    let_rank_0_speak()
+    let_rank_0_speak(others_know=others_know)
     console.print(f"masknet: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
+
+
+def _stopped(message: str) -> NoReturn:
+    from training.launch import STOPPED, let_rank_0_speak
+
+    let_rank_0_speak()
+    if os.environ.get("RANK", "0") == "0":  # every rank has stopped, and one tells
+        console.print(f"masknet: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(STOPPED)
 
 
 def _answer(as_json: bool, result: dict[str, Any], text: str) -> None:
@@ -151,17 +171,40 @@ def prepare(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training configuration (YAML).")],
-    data: Annotated[Path, typer.Option(help="Prepared data set.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Prepared data set, or days without validation split, or folders of them.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Output folder; default runs/EXPERIMENT/RUN-ID.")] = None,
     set: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a key: model.blocks=5. Repeatable.")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; tables are sharded over them.")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on each machine; tables are sharded over them.")] = 1,
+    nnodes: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="Machines; run the same command on each, as torchrun's.")
+    ] = "1",
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: any port of any one of them.")
+    ] = None,
+    rdzv_id: Annotated[
+        str, typer.Option(metavar="NAME", help="Tells this training from another at the same endpoint.")
+    ] = "masknet",
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often to go on from the last checkpoint when a process has died.")
+    ] = 0,
     from_: Annotated[
         str | None, typer.Option("--from", metavar="MODEL", help="Go on from this model's weights; same data encoding.")
     ] = None,
     remove_norms: Annotated[
         bool, typer.Option("--remove-norms", help="Freeze the norms of --from in turn, so that none is left to serve.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print where the tables would go and what they take, and stop.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with what is in --out, if anything: its last checkpoint, or what is unsent."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -170,25 +213,38 @@ def train(
     masknet train training/configs/movielens.yaml --data data --set train.epochs=3 --nproc 2
     masknet train config.yaml --data today --from models:/ranker@champion --set train.train_only_affine=true
     masknet train config.yaml --data data --from models:/ranker@champion --remove-norms
+    masknet train config.yaml --data data --set sharding.type=column_wise --nproc 4 --plan
+    masknet train config.yaml --data data --out runs/big --nnodes 4 --nproc 8 --rdzv-endpoint host0:29400 --resume
     """
     check_stack()
     from training.config import load_config
-    from training.launch import is_worker, run_processes
+    from training.launch import Launch, is_worker, run_processes
 
     loaded = load_config(config, set or [])
     if remove_norms and from_ is None:
         raise InputError("--remove-norms fine-tunes a trained model: give it with --from")
-    if out and (out / "bundle").exists():
-        raise InputError(f"{out / 'bundle'} exists already; choose another --out")
-    if nproc > 1 and not is_worker():
-        from features.dataset import PreparedDataset
+    if is_worker():
+        launch = Launch.of_torchrun()
+        resume = resume or launch.starts_again
+    else:
+        launch = Launch(processes=nproc, machines=nnodes, endpoint=rdzv_endpoint, job=rdzv_id, restarts=max_restarts)
+    if plan:
+        _show_plan(loaded, data, launch, as_json)
+        return
+    if resume and out is None:
+        raise InputError("--resume goes on with what is in a folder: give it with --out")
+    if launch.needs_shared_folder and out is None:
+        raise InputError("--nnodes and --max-restarts need --out: a folder that all machines see, for the checkpoints")
+    for made in ("bundle", "checkpoints"):
+        if out and not resume and (out / made).exists():
+            raise InputError(f"{out / made} exists already; go on with --resume, or choose another --out")
+    if launch.is_needed and not is_worker():
+        from training.fit.days import open_data
 
-        PreparedDataset.open(data)  # a wrong path is told here, in one line, and not by every process
-        same = ["train", str(config), "--data", str(data), *(["--out", str(out)] if out else [])]
-        same += [word for override in set or [] for word in ("--set", override)] + (["--json"] if as_json else [])
-        same += (["--from", from_] if from_ else []) + (["--remove-norms"] if remove_norms else [])
-        sys.exit(run_processes(nproc, same))
-    from training.fitting import Start
+        open_data(data)  # a wrong path is told here, in one line, and not by every process
+        again = ["--resume"] if launch.starts_again else []
+        sys.exit(run_processes(launch, "training", [sys.argv[1], *again, *sys.argv[2:]]))
+    from training.fit.starting import Start
     from training.train import train as run_train
 
     start = None
@@ -197,14 +253,30 @@ def train(
         from serving.models import locate
 
         start = Start(load_bundle(locate(from_).path), remove_norms)
-    result = run_train(loaded, data, out, console, start)
+    result = run_train(loaded, data, out, console, start, resume)
     if result is not None:
-        test = result["metrics"]["test"]
         from training.report import number
 
-        numbers = f"test auc {number(test['auc'])}, logloss {number(test['logloss'])}"
-        text = f"{result['bundle']}: {numbers}; registered as {result['model_uri']}, alias candidate"
+        split, found = list(result["metrics"].items())[-1]  # test, or the last day before it was trained on
+        numbers = f"{split} auc {number(found['auc'])}, logloss {number(found['logloss'])}"
+        uri = result["model_uri"]
+        registered = f"registered as {uri}, alias candidate" if uri else "not registered yet"
+        text = f"{result['bundle']}: {numbers}; {registered}"
         _answer(as_json, result, text)
+
+
+def _show_plan(config: Config, data: list[Path], launch: Launch, as_json: bool) -> None:
+    from training.embeddings.plan import plan_tables, plan_training
+    from training.fit.days import open_data
+
+    world_size = launch.processes * int(launch.machines.rpartition(":")[2])
+    found = plan_training(config, open_data(data)[0], world_size=world_size, per_machine=launch.processes)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun itself, every process gets here
+        return
+    if as_json:
+        _answer(True, found.plain(), "")
+    else:
+        Console().print(plan_tables(found))
 
 
 @app.command()
@@ -398,3 +470,24 @@ def bench_kernels(
     from training.bench.kernels import run_kernels
 
     run_kernels(out, quick, only or [])
+
+
+@bench.command("train")
+def bench_train(
+    out: Annotated[Path | None, typer.Option(help="JSON file of the result.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few steps of a small shape.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also a step's stages, and what is reached.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure training's samples per second in each precision, on the GPU if there is one.
+
+    CPU: 26 fields × 16, 1 M ids, batches of 4,096. CUDA: 39 fields × 16, 50 M ids, batches of 32,768 in memory. A
+    profile has a step's stages, this machine's rate of products, and the shares of it and of the roofline.
+
+        masknet bench train --profile --out train.json
+    """
+    check_stack()
+    from training.bench.train import run_train, shown
+
+    result = run_train(out, quick, profile)
+    _answer(as_json, result, shown(result) + (f"\nwritten: {out}" if out else ""))

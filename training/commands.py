@@ -10,7 +10,7 @@ from serving.bundle import load_bundle
 from serving.models import locate
 from training.baselines import baseline_scores
 from training.evaluate import MODEL, Evaluation, evaluate, rows_of_dataset, rows_of_files, write_report
-from training.tracking import attach_report
+from training.tracking.opening import attach_report
 
 
 def run_evaluate(

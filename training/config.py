@@ -1,5 +1,6 @@
 """The training configuration: one YAML file, every key described here. `--set section.key=value` overrides."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,39 +11,10 @@ from features.errors import InputError
 from features.validation import Frozen, load_yaml, validate
 from masknet.config import MaskNetConfig
 from masknet.norms import NORMS
+from training.fit.precision import Precision
+from training.sections import OptimizerConfig, ScheduleConfig, ShardingConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
-
-
-class DenseOptimizer(Frozen):
-    """Optimizer of the network's weights."""
-
-    name: Literal["adam", "scale"] = Field(
-        default="adam", description="Adam (arXiv 1412.6980), or SCALE (arXiv 2506.16659), which keeps next to no state"
-    )
-    lr: float = Field(default=1.0e-3, gt=0, description="learning rate")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="adam: L2 penalty added to the gradient; scale: decoupled"
-    )
-    normalize_and_project: bool = Field(
-        default=False, description="keep the size of weights that a norm makes scale-invariant (arXiv 2407.01800)"
-    )
-
-
-class SparseOptimizer(Frozen):
-    """Optimizer of the embedding tables, fused into the backward pass; these three are what FBGEMM's CPU build has."""
-
-    name: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
-        default="rowwise_adagrad", description="row-wise Adagrad keeps one statistic per row instead of one per weight"
-    )
-    lr: float = Field(default=0.02, gt=0, description="learning rate")
-
-
-class OptimizerConfig(Frozen):
-    """Two optimizers: one for the network, one for the tables."""
-
-    dense: DenseOptimizer = DenseOptimizer()
-    sparse: SparseOptimizer = SparseOptimizer()
 
 
 class EarlyStop(Frozen):
@@ -57,9 +29,31 @@ class TrainConfig(Frozen):
 
     epochs: int = Field(default=10, ge=1, description="most passes over the training split")
     batch_size: int = Field(default=4096, ge=1, description="rows per step over all processes together")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs the network under autocast")
+    precision: Precision = Field(
+        default="fp32",
+        description="of the network's products; weights, sums, statistics of norms and the loss are fp32 in all three. "
+        "tf32 is CUDA's, a CPU computes in fp32 instead",
+    )
+    gradient_clip: float | None = Field(
+        default=10.0, gt=0, description="largest norm of all the network's gradients together; null: no limit"
+    )
     seed: int = Field(default=1, ge=0, description="decides initial weights, data order and dropout")
     early_stop: EarlyStop = EarlyStop()
+    checkpoint_steps: int = Field(
+        default=1000, ge=1, description="steps between checkpoints, beside one after every epoch"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept, beside the best")
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop", description="a loss that is no number or above max_loss: end training, or skip the batch"
+    )
+    max_loss: float = Field(default=100.0, gt=0, description="a step's mean loss above this counts as exploded")
+    pipeline: Literal["sparse_dist", "semi_sync"] = Field(
+        default="sparse_dist",
+        description="TorchRec's training pipeline; semi_sync, on CUDA, looks embeddings up before the last update",
+    )
+    managed_steps: int = Field(
+        default=100, ge=1, description="steps after which new ids of managed fields get rows, and others lose theirs"
+    )
     train_only_affine: bool = Field(
         default=False, description="of a model given by --from, train only the norms' affines and the logit's layer"
     )
@@ -80,8 +74,16 @@ class Config(Frozen):
     experiment: str = Field(pattern=NAME, description="MLflow experiment, and folder under runs/")
     model: MaskNetConfig = MaskNetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
     tracking: TrackingConfig
+
+    @model_validator(mode="after")
+    def _skips_only_what_can_be_skipped(self) -> "Config":
+        if self.train.pipeline == "semi_sync" and self.train.on_nan == "skip":
+            raise ValueError("train.on_nan skip needs train.pipeline sparse_dist: semi_sync has looked ahead already")
+        return self
 
     @model_validator(mode="after")
     def _projects_what_is_scale_invariant(self) -> "Config":
@@ -125,5 +127,13 @@ def set_key(data: dict[str, Any], path: str, value: Any, source: str) -> None:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every key with its value, defaults included, so that a later default changes no old run."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write every key with its value, defaults included, so that a later default changes no old run; no password."""
+    given = config.model_dump(mode="json")
+    if config.tracking.uri:
+        given["tracking"]["uri"] = without_password(config.tracking.uri)
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown and stored."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", uri)

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import LABEL, PreparedDataset, groups_of
-from features.encoders import FIRST, Vocabulary
+from features.encoders import FIRST, Managed, Vocabulary
 from features.errors import InputError
 from features.files import file_written_whole, write_json
+from features.id_maps import with_rows
 from features.metrics import auc, score_metrics
 from features.prepare import prepare
 from serving.bundle import Bundle
@@ -73,9 +74,9 @@ def _by_familiarity(bundle: Bundle, table: pa.Table, label_N: FloatN, scores: di
     """AUC for groups (users) that training knew and for new ones apart; {} unless the group is a field with ids."""
     group = bundle.schema.group
     field = next((field for field in bundle.pipeline.fields if field.name == group), None)
-    if field is None or not isinstance(field.encoder, Vocabulary) or field.spec.type == "list":
-        return {}  # only a vocabulary tells the known from the new
-    known_N = table[group].to_numpy() >= FIRST
+    if field is None or not isinstance(field.encoder, Vocabulary | Managed) or field.spec.type == "list":
+        return {}  # only a vocabulary, or a map of managed ids, tells the known from the new
+    known_N = with_rows(table, bundle.pipeline, bundle.scorer.id_maps)[group].to_numpy() >= FIRST
     parts = {f"known {group}": known_N, f"new {group}": ~known_N}
     return {
         name: {

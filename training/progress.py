@@ -1,11 +1,15 @@
 """What a person sees while training runs: a progress bar on a terminal, a line per epoch elsewhere."""
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from training.tracking import Run
+from training.report import number
+from training.tracking.run import Run
+
+_EPOCH_NAMES = {"train_loss": "epoch_train_loss"}  # every step's loss has the bare name
 
 
 class TrainingObserver:
@@ -34,42 +38,81 @@ class TrainingObserver:
     ) -> None:
         self._bar.stop()
 
-    def epoch_started(self, epoch: int, steps: int) -> None:
-        """A fresh bar for the epoch."""
+    def planned(self, text: str, notes: Sequence[str]) -> None:
+        """Lines that stay, and the plan to MLflow."""
+        self._run.text(text, "plan.txt")
+        for note in notes:
+            self.noted(note)
+
+    def pass_started(self, name: str, steps: int, done: int) -> None:
+        """A fresh bar for the epoch or day."""
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(f"epoch {epoch + 1}", total=steps, numbers="")
+        self._task = self._bar.add_task(name, total=steps, completed=done, numbers="")
 
-    def steps_done(self, step: int, losses: list[float], auc: float | None, samples_per_second: float) -> None:
-        """Move the bar, record every step's loss."""
-        first = step - len(losses) + 1
-        for offset, loss in enumerate(losses):
-            self._run.metrics(first + offset, {"train_loss": loss})
-        self._run.metrics(step, {"samples_per_second": samples_per_second})
+    def steps_done(
+        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+    ) -> None:
+        """Move the bar, record every step's loss; `numbers` are recorded under their names."""
+        self._run.series("train_loss", step - len(losses) + 1, losses)
+        if numbers.get("skipped_batches") == 0:  # as nearly always: no chart of it
+            del numbers["skipped_batches"]
+        self._run.metrics(step, {"samples_per_second": samples_per_second, "train_auc": auc, **numbers})
+        self._run.flush()  # a checkpoint may follow, and what came before one is never gone through again
         if self._task is not None:
             seen = "" if auc is None else f" auc {auc:.4f}"
-            numbers = f"loss {losses[-1]:.4f}{seen} {samples_per_second:,.0f} samples/s"
-            self._bar.update(self._task, advance=len(losses), numbers=numbers)
+            shown = f"loss {losses[-1]:.4f}{seen} {samples_per_second:,.0f} samples/s"
+            self._bar.update(self._task, advance=len(losses), numbers=shown)
 
     def epoch_done(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """A line that stays, and the validation's numbers to MLflow."""
-        self._run.metrics(step, {"valid_logloss": metrics["logloss"], "valid_auc": metrics["auc"], "epoch": epoch + 1})
-        self._run.flush(step)
+        renamed = {_EPOCH_NAMES.get(name, f"valid_{name}"): value for name, value in metrics.items()}
+        self._run.metrics(step, {**renamed, "epoch": epoch + 1})
+        self._run.flush()
         self._console.print(
             f"epoch {epoch + 1:3d}  train loss {metrics['train_loss']:.4f}  "
             f"valid logloss {metrics['logloss']:.4f}  auc {metrics['auc']:.4f}",
             highlight=False,
         )
 
+    def day_scored(self, name: str, index: int, step: int, metrics: dict[str, float | None]) -> None:
+        """A line that stays, and the day's numbers to MLflow."""
+        self._run.metrics(step, {f"progressive_{key}": value for key, value in metrics.items()} | {"day": index + 1})
+        self._run.flush()
+        numbers = "  ".join(f"{key} {number(metrics[key])}" for key in ("logloss", "auc", "calibration"))
+        self._console.print(f"{name}, before training on it  {numbers}", markup=False, highlight=False)
+
+    def noted(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def checkpoint_follows(self) -> None:
+        """The records so far, to disk."""
+        self._run.flush()
+
 
 class Silent:
     """The observer of every rank but 0."""
 
-    def epoch_started(self, epoch: int, steps: int) -> None:
+    def planned(self, text: str, notes: Sequence[str]) -> None:
         """Nothing."""
 
-    def steps_done(self, step: int, losses: list[float], auc: float | None, samples_per_second: float) -> None:
+    def pass_started(self, name: str, steps: int, done: int) -> None:
+        """Nothing."""
+
+    def steps_done(
+        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+    ) -> None:
         """Nothing."""
 
     def epoch_done(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def day_scored(self, name: str, index: int, step: int, metrics: dict[str, float | None]) -> None:
+        """Nothing."""
+
+    def noted(self, message: str) -> None:
+        """Nothing."""
+
+    def checkpoint_follows(self) -> None:
         """Nothing."""

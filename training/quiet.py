@@ -12,6 +12,7 @@ _NOISE = (
     r"(?s).*ShardedTensor.*",  # torchrec still uses it
     r"(?s).*torch\.jit.*",
     r"(?s).*This API is deprecated.*",
+    r"(?s).*dense_embedding_codegen_lookup_function.*",  # fbgemm on CPUs: differentiable, but not declared so
 )
 
 
@@ -21,10 +22,15 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("torchrec", "torch.fx", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # torchrec's planner tells so of every data_parallel table, which has no shards to specify
+    logging.getLogger().addFilter(lambda record: "Sharding spec not found" not in record.getMessage())
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of databases that are away
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told by whoever needed it
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is the command's
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")

@@ -1,7 +1,11 @@
-"""`masknet train`: from a prepared data set to a registered bundle."""
+"""`masknet train`: from prepared data to a registered bundle."""
 
+import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,100 +13,198 @@ import pyarrow as pa
 from rich.console import Console
 
 from features.dataset import LABEL, PreparedDataset, groups_of
-from features.files import file_written_whole, write_json
+from features.errors import InputError
+from features.files import file_written_whole, read_json, write_json
 from features.metrics import score_metrics
-from serving.bundle import write_bundle
+from serving.bundle import tables_of, write_bundle
 from serving.scorer import Scorer
 from training.config import Config, save_config
-from training.distributed import World, join_world
-from training.fitting import Start, fit_dataset, require_start_fits, require_trainable, without_norms
-from training.loop import FitResult, Observer
+from training.distributed import World, from_rank_0, join_world
+from training.embeddings.placement import placements
+from training.errors import Stopped
+from training.fit.dataset import FitResult, Going, fit_data_of_days, fit_dataset
+from training.fit.days import is_whole, open_data, scored_rows
+from training.fit.loop import Observer
+from training.fit.starting import (
+    Start,
+    Weights,
+    build_model,
+    require_start_fits,
+    require_trainable,
+    without_norms,
+)
+from training.fit.state import Position
+from training.fit.stopping import stop_request
 from training.progress import Silent, TrainingObserver
-from training.tracking import Run, track
+from training.tracking.opening import Run, open_run
 
 Result = dict[str, Any]
+Metrics = dict[str, dict[str, float | None]]
+RESULT = "result.json"  # written when the bundle is whole
 
 
-def train(config: Config, data: Path, out: Path | None, console: Console, start: Start | None = None) -> Result | None:
-    """Train, write `out` (config.yaml, bundle/, result.json), register the bundle; None on every rank but 0.
+def train(
+    config: Config,
+    data: Path | Sequence[Path],
+    out: Path | None,
+    console: Console,
+    start: Start | None = None,
+    resume: bool = False,
+) -> Result | None:
+    """Train, write `out` (config.yaml, checkpoints/, bundle/, result.json), register the bundle; None on ranks but 0.
 
     Args:
         config: what to train.
-        data: a prepared data set.
+        data: a prepared data set; or days, which have no validation split, or folders of them.
         out: where to write; by default runs/<experiment>/<run id>.
         console: where a person reads along.
         start: the model to go on from, and whether its norms are removed on the way; by default a fresh one.
+        resume: go on with what is in `out`; a training that is done is registered, if it was not.
+
+    Raises:
+        InputError: configuration, data and start do not go together.
+        Failure: the loss left its bounds.
+        Stopped: a signal has asked for it; `out` can be resumed.
     """
     started = time.perf_counter()
-    dataset = PreparedDataset.open(data)
-    splits = {name: dataset.split(name) for name in ("valid", "test")}
-    require_trainable(config, dataset, splits["valid"])
-    require_start_fits(config, dataset, start)
-    with join_world() as world, ExitStack() as stack:
-        run, observer = _reporting(config, dataset, world, console, stack)
-        fitted = fit_dataset(config, dataset, world, observer, start)
-        if run is None:
-            return None
-        model, weights = config.model, fitted.weights
-        if start is not None and start.remove_norms:
-            model, weights = without_norms(model, dataset, weights)
-        out = out or Path("runs") / config.experiment / run.run_id
-        out.mkdir(parents=True, exist_ok=True)
-        save_config(config, out / "config.yaml")
-        bundle = write_bundle(
-            out / "bundle",
-            name=config.tracking.registered_model,
+    job = _Job(config, open_data([data] if isinstance(data, Path) else list(data)), start)
+    job.require_possible()
+    with join_world() as world, stop_request() as stop, ExitStack() as stack:
+        job.require_placeable(world)
+        run, observer = _reporting(job, world, console, out, resume, stack)
+        out = from_rank_0(run.out if run is not None else None)
+        assert out is not None  # rank 0 has a run
+        fitted = None
+        if not (out / RESULT).exists():
+            going = Going(
+                checkpoints=out / "checkpoints",
+                failed=out / "failed",
+                observer=observer,
+                resume=resume,
+                stop_asked=stop.was_asked,
+            )
+            try:
+                fitted = job.fit(world, going)
+            except Stopped as stopped:
+                raise Stopped(f"{stopped}; go on with the same command and --out {out} --resume") from None
+            if run is not None:
+                shutil.rmtree(out / "bundle", ignore_errors=True)  # of a training that was killed before its result
+                job.write_bundle(fitted, out / "bundle", run.run_id)
+        return None if run is None else _finish(out, run, fitted, started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is trained: on one data set with a validation split, or on days without."""
+
+    config: Config
+    data: list[PreparedDataset]
+    start: Start | None
+
+    @property
+    def dataset(self) -> PreparedDataset:
+        """The data set, or the first day."""
+        return self.data[0]
+
+    @cached_property
+    def splits(self) -> dict[str, pa.Table]:
+        return {name: self.dataset.split(name) for name in ("valid", "test")} if is_whole(self.dataset) else {}
+
+    def require_possible(self) -> None:
+        require_trainable(self.config, self.dataset, self.splits.get("valid"))
+        require_start_fits(self.config, self.dataset, self.start)
+        if not self.splits:
+            for day in self.data:
+                scored_rows(day)
+            if self.start is not None and self.start.remove_norms:
+                raise InputError("--remove-norms needs a data set with a validation split; this one is a day")
+
+    def require_placeable(self, world: World) -> None:
+        placements(self.config, tables_of(self.dataset.pipeline), world.size, world.device.type)
+
+    def fit(self, world: World, going: Going) -> FitResult:
+        if self.splits:
+            return fit_dataset(self.config, self.dataset, world, going, self.start)
+        return fit_data_of_days(self.config, self.data, world, going, self.start, self._day_metrics)
+
+    def _day_metrics(self, weights: Weights, day: int) -> dict[str, float | None]:
+        """Metrics of a day's rows by the scorer."""
+        model = build_model(self.config.model, self.dataset)
+        model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])
+        split, rate = scored_rows(self.data[day])
+        return _metrics(Scorer(self.dataset.pipeline, model, rate, weights.id_maps), self.data[day].split(split))
+
+    def write_bundle(self, fitted: FitResult, path: Path, run_id: str) -> None:
+        model, weights = self.config.model, fitted.weights
+        assert weights is not None  # of rank 0
+        if self.start is not None and self.start.remove_norms:
+            model, weights = without_norms(model, self.dataset, weights)
+
+        def evaluate(scorer: Scorer) -> Metrics:
+            if self.splits:
+                return {name: _metrics(scorer, table) for name, table in self.splits.items()}
+            return {"progressive": fitted.position.history[-1]}  # of the last day, before it was trained on
+
+        write_bundle(
+            path,
+            name=self.config.tracking.registered_model,
             config=model,
-            schema=dataset.schema,
-            pipeline=dataset.pipeline,
-            sampling_rate=dataset.schema.sampling_rate,
+            schema=self.dataset.schema,
+            pipeline=self.dataset.pipeline,
+            sampling_rate=self.dataset.schema.sampling_rate,
             network=weights.network,
             tables=weights.tables,
-            run_id=run.run_id,
-            evaluate=lambda scorer: _split_metrics(scorer, splits),
+            id_maps=weights.id_maps,
+            run_id=run_id,
+            evaluate=evaluate,
         )
-        result = _result(fitted, run, out, bundle.manifest["metrics"])
-        _record(run, fitted, bundle.manifest["metrics"], out)
-        result |= {"model_uri": run.register(bundle.path), "seconds": time.perf_counter() - started}
-        with file_written_whole(out / "result.json") as aside:
-            write_json(aside, result)
-        return result
 
 
 def _reporting(
-    config: Config, dataset: PreparedDataset, world: World, console: Console, stack: ExitStack
+    job: _Job, world: World, console: Console, out: Path | None, resume: bool, stack: ExitStack
 ) -> tuple[Run | None, Observer]:
     if not world.is_main:
         return None, Silent()
-    run = stack.enter_context(track(config, {"path": str(dataset.path), **dataset.manifest}))
+    data = {"path": str(job.dataset.path), **job.dataset.manifest}
+    run = stack.enter_context(open_run(job.config, data, out, resume, console=console))
+    save_config(job.config, run.out / "config.yaml")
     return run, stack.enter_context(TrainingObserver(run, console))
 
 
-def _split_metrics(scorer: Scorer, splits: dict[str, pa.Table]) -> dict[str, dict[str, float | None]]:
-    """Metrics of validation and test, by the scorer that will serve the model."""
-    metrics = {}
-    for name in ("valid", "test"):
-        table = splits[name]
-        metrics[name] = score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
-    return metrics
+def _metrics(scorer: Scorer, table: pa.Table) -> dict[str, float | None]:
+    """By the scorer that will serve the model."""
+    return score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
 
 
-def _result(fitted: FitResult, run: Run, out: Path, metrics: dict[str, Any]) -> Result:
+def _finish(out: Path, run: Run, fitted: FitResult | None, started: float) -> Result:
+    """Register what was trained, and write result.json; without `fitted`, that of a training that was done before."""
+    if fitted is None:
+        result: Result = read_json(out / RESULT, "training")
+    else:
+        result = _result(out, fitted.position, time.perf_counter() - started)
+        _write_result(out, result)  # at once: what follows can be made up for
+    for split, found in result["metrics"].items():
+        run.metrics(result["steps"], {f"{split}_{name}": value for name, value in found.items()})
+    result |= {"run_id": run.run_id, "model_uri": run.register(out / "bundle")}
+    _write_result(out, result)
+    return result
+
+
+def _result(out: Path, position: Position, seconds: float) -> Result:
     return {
         "out": str(out),
-        "run_id": run.run_id,
         "bundle": str(out / "bundle"),
-        "metrics": metrics,
-        "epochs": len(fitted.history),
-        "best_epoch": fitted.best_epoch + 1,
-        "steps": fitted.steps,
-        "samples_per_second": fitted.samples / fitted.train_seconds,
+        "metrics": read_json(out / "bundle" / "manifest.json", "bundle")["metrics"],
+        "history": position.history,
+        "epochs": len(position.history),
+        "best_epoch": position.best_epoch + 1,
+        "steps": position.step,
+        "skipped_batches": position.skipped,
+        "samples_per_second": position.samples / position.seconds,
+        "seconds": seconds,
     }
 
 
-def _record(run: Run, fitted: FitResult, metrics: dict[str, Any], out: Path) -> None:
-    """The final numbers and the configuration, to MLflow."""
-    values = {f"{split}_{name}": value for split, found in metrics.items() for name, value in found.items()}
-    run.metrics(fitted.steps, values)
-    run.flush(fitted.steps)
-    run.text((out / "config.yaml").read_text(), "config.yaml")
+def _write_result(out: Path, result: Result) -> None:
+    with file_written_whole(out / RESULT) as aside:
+        write_json(aside, result)

@@ -53,6 +53,11 @@ def kernels(mode: Mode) -> Iterator[None]:
         _mode = before
 
 
+def is_eager() -> bool:
+    """Whether only torch's own operations are wanted."""
+    return _mode == "eager"
+
+
 def takes_kernel(operation: str, x: torch.Tensor, widest: int, norm: Norm | None = None) -> bool:
     """Whether `operation` goes to its kernel for x, with rows along its last axis, and for what is left of `norm`.
 
@@ -111,7 +116,7 @@ def normed_embedding(norm: Norm, emb_BFd: torch.Tensor, raw_BD: torch.Tensor) ->
     if takes_kernel("embedding_norm_mask", emb_BFd, WIDEST_FIELD, norm):
         return PendingNorm(norm.formula(emb_BFd), norm.eps, emb_BFd)
     normed_BFd: torch.Tensor = norm(emb_BFd, instance=raw_BD)
-    return normed_BFd.flatten(1)
+    return normed_BFd.flatten(1).to(raw_BD.dtype)
 
 
 def masked(mask: torch.Tensor, x: torch.Tensor | PendingNorm) -> torch.Tensor:

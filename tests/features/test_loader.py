@@ -191,3 +191,18 @@ def test_an_error_in_the_loaders_thread_reaches_the_caller(tmp_path: Path) -> No
     (tmp_path / "part.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"part\.parquet is damaged"):
         next(loader(files, 10).epoch(0))
+    with pytest.raises(InputError, match=r"part\.parquet is damaged"):
+        SplitFiles([tmp_path / "part.parquet"])
+
+
+def test_a_damaged_row_group_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(TABLE, path, row_group_size=20)
+    files, group = SplitFiles([path]), pq.read_metadata(path).row_group(2)
+    whole = bytearray(path.read_bytes())
+    start = group.column(0).dictionary_page_offset or group.column(0).data_page_offset
+    whole[start : start + 40] = b"\xff" * 40
+    path.write_bytes(whole)
+    assert files.read(files.row_groups[1], ["a"]).num_rows == 20
+    with pytest.raises(InputError, match=rf"row group 2 of {path} is damaged"):
+        list(loader(files, 10).epoch(0))

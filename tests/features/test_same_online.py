@@ -37,6 +37,15 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     columns = {
         "c": (optional(WORDS | WHOLE.map(str)), {"type": "categorical", "min_count": draw(st.integers(1, 3))}),
         "h": (optional(WORDS), {"type": "categorical", "encoder": "hash", "buckets": draw(st.integers(1, 50))}),
+        "m": (
+            optional(WORDS | WHOLE.map(str)),
+            {
+                "type": "categorical",
+                "encoder": "managed",
+                "buckets": 3,
+                "eviction": draw(st.sampled_from(["lfu", "lru"])),
+            },
+        ),
         "i": (optional(WHOLE), {"type": "categorical", "encoder": "identity", "buckets": draw(st.integers(1, 10))}),
         "l": (
             optional(st.lists(optional(WORDS), max_size=4)),
@@ -57,6 +66,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     fields: list[dict[str, Any]] = [{"name": name, **spec} for name, (_, spec) in columns.items()]
     fields.append({"name": "d", "type": "date", "from": "t", "part": draw(st.sampled_from(["hour", "weekday"]))})
     fields.append({"name": "x", "type": "cross", "of": ["c", "l", "n"], "buckets": draw(st.integers(1, 99))})
+    fields.append({"name": "xm", "type": "cross", "of": ["m", "i"], "encoder": "managed", "buckets": 9})
     rows = {name: draw(st.lists(values, min_size=count, max_size=count)) for name, (values, _) in columns.items()}
     rows["t"] = draw(st.lists(optional(st.floats(-6e10, 2.5e11)), min_size=count, max_size=count))
     schema = {"name": "t", "label": {"column": "y"}, "fields": draw(st.permutations(fields))}
@@ -64,8 +74,8 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, list[Any]]]:
 
 
 TYPES = {
-    "c": pa.string(), "h": pa.string(), "i": pa.int64(), "l": pa.list_(pa.string()), "n": pa.float64(),
-    "v": pa.float64(), "s": pa.string(), "t": pa.float64(), "y": pa.int64(),
+    "c": pa.string(), "h": pa.string(), "m": pa.string(), "i": pa.int64(), "l": pa.list_(pa.string()),
+    "n": pa.float64(), "v": pa.float64(), "s": pa.string(), "t": pa.float64(), "y": pa.int64(),
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def test_label_comparison(tmp_path: Path, positive: str, value: float, expected:
         ("name: tags", "name: user", "'user' is defined twice"),
         ("name: tags", "name: _tags", "starts with an underscore"),
         ("type: categorical", "type: categorical, encoder: hash", "needs buckets"),
-        ("type: categorical", "type: categorical, buckets: 9", "belongs to encoder hash and identity"),
+        ("type: categorical", "type: categorical, buckets: 9", "belongs to encoder hash, identity and managed"),
         (
             "type: categorical",
             "type: categorical, encoder: hash, buckets: 9, min_count: 3",

@@ -305,6 +305,7 @@ def test_a_mistake_is_told_before_anything_is_trained(
     assert not (tmp_path / "out" / "runs").exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(config: Config, data: Path, tmp_path: Path) -> None:
     words = [
         word for setting in (*SMALL, "train.epochs=50", "train.early_stop.patience=50") for word in ("--set", setting)

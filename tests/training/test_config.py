@@ -47,7 +47,7 @@ def test_saved_configuration_reads_back_equal(path: Path, tmp_path: Path) -> Non
         ("model.hidden_norm={name: power, alpha: 2}", "alpha: Input should be less than 1"),
         ("train.epochs=many", "train.epochs"),
         ("train.epochs=0", "train.epochs"),
-        ("optimizer.sparse.name=adam", "optimizer.sparse.name"),
+        ("optimizer.sparse.name=adamw", "optimizer.sparse.name"),
         ("model={kind: serial}", "head must be []"),
         ("train.epochs", "not of the form"),
         ("tracking.registered_model=a/b", "tracking.registered_model"),

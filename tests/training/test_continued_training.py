@@ -32,8 +32,7 @@ from serving.scorer import Scorer
 from training import train as train_module
 from training.cli import app
 from training.config import Config, load_config
-from training.fitting import Start, build_model, without_norms
-from training.loop import Weights
+from training.fit.starting import Start, Weights, build_model, without_norms
 from training.train import train
 
 ROOT = Path(__file__).parent.parent.parent

@@ -22,9 +22,9 @@ from masknet.norms import NORMS
 from masknet.values import ValueField
 from serving.bundle import load_bundle
 from training.config import Config, load_config
-from training.fitting import build_model
-from training.projection import Projection
-from training.scale import Scale
+from training.fit.starting import build_model
+from training.optim.projection import Projection
+from training.optim.scale import Scale
 from training.train import train
 
 QUIET = Console(quiet=True)

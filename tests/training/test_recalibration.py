@@ -9,22 +9,28 @@ from features.dataset import PreparedDataset
 from training.ablation.diagnostics import sampled
 from training.config import load_config
 from training.distributed import join_world
-from training.fitting import build_model, fit_dataset
+from training.fit.dataset import Going, fit_dataset
+from training.fit.recalibration import BATCHES
+from training.fit.starting import build_model
 from training.progress import Silent
-from training.recalibration import BATCHES
 
 CONFIG = Path(__file__).parents[2] / "training" / "configs" / "movielens.yaml"
 SERIAL = ["model.kind=serial", "model.head=[]", "model.blocks=2", "model.block_width=64", "model.embedding_dim=8"]
 
 
 @pytest.mark.parametrize("norm", ["power_v", "unified"])
-def test_a_running_power_behind_dropout_is_that_of_evaluation(dataset: PreparedDataset, norm: str) -> None:
+def test_a_running_power_behind_dropout_is_that_of_evaluation(
+    dataset: PreparedDataset, tmp_path: Path, norm: str
+) -> None:
     train = ["train.epochs=3", "train.batch_size=256", "model.dropout=0.5"]
     config = load_config(CONFIG, [*SERIAL, *train, f"model.hidden_norm={norm}"])
     with join_world() as world:
-        fitted = fit_dataset(config, dataset, world, Silent())
+        weights = fit_dataset(
+            config, dataset, world, Going(checkpoints=tmp_path, failed=tmp_path, observer=Silent())
+        ).weights
+    assert weights is not None
     model = build_model(config.model, dataset)
-    model.load_weights(fitted.weights.network, [fitted.weights.tables[name] for name in model.table_names])
+    model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])
     norms = [block.norm for block in model.network.blocks]
     seen: list[torch.Tensor] = []
     norms[1].register_forward_pre_hook(lambda _module, given: seen.append(given[0].detach().square().mean(0)))

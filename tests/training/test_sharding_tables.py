@@ -18,10 +18,14 @@ from masknet.model import MaskNet, Table, initial_rows
 from serving.bundle import fields_of, tables_of
 from training.config import Config
 from training.distributed import World, join_world
-from training.loop import FitResult, fit
+from training.embeddings.managed import ManagedIds
+from training.embeddings.sharding import fill_tables, gather_tables, shard
+from training.fit.checkpoints import Checkpoints
+from training.fit.epochs import fit_epochs
+from training.fit.loop import Loop, Setting
+from training.fit.starting import Weights
+from training.fit.task import ClickTask
 from training.progress import Silent
-from training.sharding import fill_tables, gather_tables, shard
-from training.task import ClickTask
 
 ROWS, VALID = 2000, 400
 SCHEMA = Schema.model_validate(
@@ -87,14 +91,26 @@ def a_model(device: str = "cpu") -> MaskNet:
     return MaskNet(CONFIG.model, tables_of(PIPELINE), fields_of(PIPELINE), device=device)
 
 
-def trained(world: World, splits: dict[str, SplitFiles], rate: float) -> FitResult:
-    dmp = shard(ClickTask(a_model("meta"), "fp32", world.device.type), TABLES, CONFIG.optimizer.sparse, world)
+def trained(world: World, splits: dict[str, SplitFiles], rate: float, folder: Path) -> tuple[dict[str, float], Weights]:
+    """The last epoch's metrics and weights."""
+    task = ClickTask(a_model("meta"), "fp32", world.device.type)
+    dmp = shard(task, TABLES, CONFIG, world)
     fill_tables(dmp, TABLES, lambda table: initial_rows(table, 4, 1))
-    loaders = {
-        "train": BatchLoader(splits["train"], PIPELINE, batch_size=128, shuffle_seed=1),
-        "valid": BatchLoader(splits["valid"], PIPELINE, batch_size=128),
-    }
-    return fit(dmp, CONFIG, loaders, world, Silent(), rate)
+    train = BatchLoader(splits["train"], PIPELINE, batch_size=128, shuffle_seed=1)
+    checkpoints = Checkpoints(folder / "checkpoints", 1, world, pytest.fail)
+    setting = Setting(
+        passes=[("epoch", train)] * CONFIG.train.epochs,
+        managed=ManagedIds(PIPELINE, TABLES, dim=4, seed=1, world=world),
+        checkpoints=checkpoints,
+        failed=folder / "failed",
+        world=world,
+        observer=Silent(),
+    )
+    valid = BatchLoader(splits["valid"], PIPELINE, batch_size=128)
+    position = fit_epochs(Loop(dmp, CONFIG, setting), valid, CONFIG.train.early_stop, rate)
+    checkpoints.close()
+    metrics = {name: value for name, value in position.history[-1].items() if value is not None}
+    return metrics, Weights(task.model.dense_state(), gather_tables(dmp, [table.name for table in TABLES]))
 
 
 def test_one_table_per_owner_with_the_lists_pooling() -> None:
@@ -102,7 +118,7 @@ def test_one_table_per_owner_with_the_lists_pooling() -> None:
 
 
 def test_sharded_tables_start_with_their_own_rows(world: World) -> None:
-    dmp = shard(ClickTask(a_model("meta"), "fp32", world.device.type), TABLES, CONFIG.optimizer.sparse, world)
+    dmp = shard(ClickTask(a_model("meta"), "fp32", world.device.type), TABLES, CONFIG, world)
     fill_tables(dmp, TABLES, lambda table: initial_rows(table, 4, 7))
     gathered = gather_tables(dmp, ["item", "user"])
     assert list(gathered) == ["item", "user"]
@@ -111,21 +127,22 @@ def test_sharded_tables_start_with_their_own_rows(world: World) -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.25])
-def test_what_is_learned_and_how_it_is_validated(world: World, splits: dict[str, SplitFiles], rate: float) -> None:
-    result = trained(world, splits, rate)
-    best = result.history[result.best_epoch]
-    assert best["auc"] > 0.85  # the labels allow about .95; prices decide nine rows in ten
+def test_what_is_learned_and_how_it_is_validated(
+    world: World, splits: dict[str, SplitFiles], rate: float, tmp_path: Path
+) -> None:
+    metrics, weights = trained(world, splits, rate, tmp_path)
+    assert metrics["auc"] > 0.85  # the labels allow about .95; prices decide nine rows in ten
     start = a_model().dense_state()
-    assert start.keys() == result.weights.network.keys()
-    assert all(not torch.equal(start[name], weight) for name, weight in result.weights.network.items())
+    assert start.keys() == weights.network.keys()
+    assert all(not torch.equal(start[name], weight) for name, weight in weights.network.items())
     for table in TABLES:
-        assert (result.weights.tables[table.name] != initial_rows(table, 4, 1)).any(1)[2:].all()
+        assert (weights.tables[table.name] != initial_rows(table, 4, 1)).any(1)[2:].all()
     # the same validation by the unsharded model, with the correction for dropped negatives written out in odds
     model = a_model().eval()
-    model.load_weights(result.weights.network, list(result.weights.tables.values()))
+    model.load_weights(weights.network, list(weights.tables.values()))
     batches = list(BatchLoader(splits["valid"], PIPELINE, batch_size=VALID).epoch(0))
     with torch.no_grad():
         odds_N = np.exp(model(*batches[0].inputs).double().numpy()) * rate
     score_N, label_N = odds_N / (1 + odds_N), batches[0].label_B.numpy()
     loss = -np.mean(np.where(label_N == 1, np.log(score_N), np.log(1 - score_N)))
-    assert best["logloss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["logloss"] == pytest.approx(float(loss), rel=1e-5)

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Failure, match=r"the loss is (nan|inf) at step \d+"):
         train(small(tmp_path, "optimizer.dense.lr=1e30"), planted_data, tmp_path / "out", QUIET)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "bundle").exists()
 
 
 def test_one_run_holds_parameters_metrics_data_and_model(bundle_path: Path, config: Config, data: Path) -> None:
@@ -171,7 +171,7 @@ def test_field_names_that_are_no_module_names(config: Config, tmp_path: Path, mo
 def test_what_would_fail_late_is_told_before_training(config: Config, planted_data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"reduction_ratio 0\.01 leaves no aggregation unit"):
         train(small(tmp_path, "model.reduction_ratio=0.01"), planted_data, tmp_path / "out", QUIET)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "bundle").exists()
 
 
 def test_the_training_split_is_evaluated_as_it_is_served(

@@ -26,7 +26,7 @@ from training.ablation.results import Answer, answer, write_answer
 from training.ablation.study import Study, digest_of, open_study, remember, run_study, statistics
 from training.ablation.tracked import TrackedStudy
 from training.config import NAME, load_config
-from training.fitting import require_trainable
+from training.fit.starting import require_trainable
 from training.report import number
 
 

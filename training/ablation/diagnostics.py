@@ -5,9 +5,10 @@ width of a block's output, z width of what it masks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from features.batches import EncodedRows
 from features.dataset import LABEL, WEIGHT, PreparedDataset
+from features.id_maps import IdMap, with_rows
 from features.metrics import auc
 from masknet.model import MaskNet
 from masknet.networks import ParallelMaskNet
@@ -39,9 +41,15 @@ class Sample:
     weight_B: torch.Tensor
 
 
-def sampled(model: MaskNet, dataset: PreparedDataset, table: pa.Table) -> Sample:
-    """Embeddings of encoded rows, as they are served."""
-    rows = EncodedRows.of(dataset.pipeline.as_served(table), dataset.pipeline.layout)
+def sampled(
+    model: MaskNet,
+    dataset: PreparedDataset,
+    table: pa.Table,
+    id_maps: Mapping[str, IdMap] = MappingProxyType({}),
+) -> Sample:
+    """Embeddings of encoded rows, as they are served; `id_maps` are those of managed tables."""
+    served = with_rows(dataset.pipeline.as_served(table), dataset.pipeline, id_maps)
+    rows = EncodedRows.of(served, dataset.pipeline.layout)
     with torch.no_grad():
         emb_BFd = model.eval().embed(*rows.gather(np.arange(table.num_rows)))
     label_B, weight_B = (torch.from_numpy(table[name].to_numpy().astype(np.float32)) for name in (LABEL, WEIGHT))

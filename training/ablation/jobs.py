@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -171,30 +172,34 @@ def _finite(value: Any) -> Any:
 
 def _train_and_measure(job: Job) -> dict[str, Any]:
     from training.distributed import join_world
-    from training.fitting import build_model, fit_dataset
+    from training.fit.dataset import Going, fit_dataset
+    from training.fit.starting import build_model
     from training.progress import Silent
 
     dataset = _dataset(job.data)
-    with join_world() as world:
-        fitted = fit_dataset(job.config, dataset, world, Silent())
-    best = fitted.history[fitted.best_epoch]
+    with join_world() as world, TemporaryDirectory() as folder:
+        going = Going(checkpoints=Path(folder), failed=job.result.with_suffix(".failed"), observer=Silent())
+        fitted = fit_dataset(job.config, dataset, world, going)
+    position, weights = fitted.position, fitted.weights
+    assert weights is not None  # of rank 0
+    best = position.history[position.best_epoch]
     result: dict[str, Any] = {
         "status": DONE,
         "valid_logloss": best["logloss"],
         "valid_auc": best["auc"],
-        "history": fitted.history,
-        "best_epoch": fitted.best_epoch + 1,
-        "steps": fitted.steps,
-        "samples_per_second": fitted.samples / fitted.train_seconds,
+        "history": position.history,
+        "best_epoch": position.best_epoch + 1,
+        "steps": position.step,
+        "samples_per_second": position.samples / position.seconds,
     }
     if job.scores is not None:
         model = build_model(job.config.model, dataset)
-        model.load_weights(fitted.weights.network, [fitted.weights.tables[name] for name in model.table_names])
-        result |= _measure(job, dataset, model)
+        model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])
+        result |= _measure(job, dataset, model, weights.id_maps)
     return result
 
 
-def _measure(job: Job, dataset: Any, model: Any) -> dict[str, Any]:
+def _measure(job: Job, dataset: Any, model: Any, id_maps: dict[str, Any]) -> dict[str, Any]:
     """Test metrics by the one scorer, diagnostics of the blocks, and the landscape where it is asked for."""
     from features.dataset import LABEL, groups_of
     from features.metrics import score_metrics
@@ -204,11 +209,11 @@ def _measure(job: Job, dataset: Any, model: Any) -> dict[str, Any]:
 
     assert job.scores is not None  # the caller has looked
     test = _split(job.data, "test")
-    score_N = Scorer(dataset.pipeline, model, dataset.schema.sampling_rate).score_encoded(test)
+    score_N = Scorer(dataset.pipeline, model, dataset.schema.sampling_rate, id_maps).score_encoded(test)
     with file_written_whole(job.scores) as aside, aside.open("wb") as file:
         np.save(file, score_N, allow_pickle=False)
     label_N = test[LABEL].to_numpy()
-    sample = sampled(model, dataset, test.slice(0, min(DIAGNOSED_ROWS, test.num_rows)))
+    sample = sampled(model, dataset, test.slice(0, min(DIAGNOSED_ROWS, test.num_rows)), id_maps)
     result = {
         "test": score_metrics(label_N, score_N, groups_of(test)),
         "parameters": sum(parameter.numel() for parameter in model.network.parameters()),

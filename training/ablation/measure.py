@@ -18,6 +18,7 @@ from masknet.networks import ParallelMaskNet, SerialMaskNet, build_network
 from masknet.norms import set_progress
 from masknet.norms.running import RunningNorm
 from training.ablation.cells import Cell
+from training.fit.precision import computing
 
 TURNS, REPEATS = 15, 5
 MOST_ROWS, SERVED_ROWS = 4096, 500  # of a training step, and of a request
@@ -90,14 +91,14 @@ class _Step:
         self._network = _network(cell, fields).train()
         self._emb_BFd = 0.01 * torch.randn(self.rows, fields, cell.config.model.embedding_dim)
         self._label_B = (torch.rand(self.rows) < 0.25).float()
-        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=1e-4)
-        self._bf16 = cell.config.train.precision == "bf16"
+        self._optimizer = torch.optim.Adam(self._network.parameters(), lr=1e-4, fused=True)
+        self._precision = cell.config.train.precision
 
     def __call__(self) -> float:
         started = time.perf_counter()
         self._optimizer.zero_grad()
         emb_BFd = self._emb_BFd.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+        with computing(self._precision, "cpu"):
             logit_B = self._network(emb_BFd)
         loss = functional.binary_cross_entropy_with_logits(logit_B.float(), self._label_B)
         torch.autograd.backward(loss)

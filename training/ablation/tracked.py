@@ -13,7 +13,7 @@ from features.errors import InputError, one_line
 from training.ablation.jobs import DONE, Job
 from training.ablation.study import Study
 from training.config import Config
-from training.tracking import flat
+from training.tracking.opening import flat
 
 _NO_TIME = 0
 

@@ -17,13 +17,14 @@ from features.loader import BatchLoader
 from masknet.networks import ParallelMaskNet
 from masknet.norms.running import RunningNorm
 from training.distributed import World
+from training.embeddings.managed import ManagedIds
 
 BATCHES = 20  # the first ten are averaged evenly, later ones count a tenth
 
 
 @contextmanager
 def recalibrated(
-    dmp: DistributedModelParallel, network: nn.Module, loader: BatchLoader, world: World
+    dmp: DistributedModelParallel, network: nn.Module, loader: BatchLoader, world: World, managed: ManagedIds
 ) -> Iterator[None]:
     """For the length of a block, running norms hold statistics of `loader`'s rows without dropout.
 
@@ -41,7 +42,7 @@ def recalibrated(
         norm.steps.zero_()
     with torch.no_grad():
         for batch in islice(loader.epoch(0), BATCHES):
-            dmp(batch.to(world.device))
+            dmp(managed.remap(batch).to(world.device))
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""From a configuration and a data set to weights: common to `masknet train` and every run of `masknet ablate`."""
+"""What training starts from: a fresh model or a given one, checked against configuration and data first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import torch
@@ -8,21 +8,23 @@ from torch import nn
 
 from features.dataset import LABEL, PreparedDataset
 from features.errors import InputError
-from features.loader import BatchLoader, Share
+from features.id_maps import IdMap
 from masknet.config import MaskNetConfig
-from masknet.model import MaskNet, Table, initial_rows
-from masknet.networks import build_network
+from masknet.model import MaskNet
 from masknet.norms.base import Norm
 from masknet.removal import begin_removal, finish_removal
 from serving.bundle import Bundle, fields_of, tables_of
 from training.config import Config
-from training.distributed import World
 from training.errors import Failure
-from training.loop import FitResult, Observer, Weights, fit
-from training.sharding import fill_tables, shard
-from training.task import ClickTask
 
-VALID_BATCH = 8192
+
+@dataclass
+class Weights:
+    """A trained model's weights, whole and on the CPU: all but the tables, the tables by name, managed ids' rows."""
+
+    network: dict[str, torch.Tensor]
+    tables: dict[str, torch.Tensor]
+    id_maps: dict[str, IdMap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Start:
         model = self.bundle.scorer.model
         bags = model.embeddings.embedding_bags.values()
         tables = {name: bag.weight.detach() for name, bag in zip(model.table_names, bags, strict=True)}
-        return Weights(model.dense_state(), tables)
+        return Weights(model.dense_state(), tables, self.bundle.scorer.id_maps)
 
 
-def require_trainable(config: Config, dataset: PreparedDataset, valid: pa.Table) -> None:
+def require_trainable(config: Config, dataset: PreparedDataset, valid: pa.Table | None) -> None:
     """InputError for what would otherwise be noticed in the middle, or at the end, of training."""
-    label_N = valid[LABEL].to_numpy()
-    if config.train.early_stop.metric == "auc" and label_N.min() == label_N.max():
+    label_N = valid[LABEL].to_numpy() if valid is not None else None
+    if config.train.early_stop.metric == "auc" and label_N is not None and label_N.min() == label_N.max():
         raise InputError("train.early_stop.metric auc needs both classes in the validation split, which has one only")
     try:
         with torch.device("meta"):
-            build_network(config.model, len(dataset.pipeline.fields))
+            build_model(config.model, dataset, "meta")
     except ValueError as error:
         raise InputError(f"config: model: {error}") from None
 
@@ -79,41 +81,21 @@ def build_model(config: MaskNetConfig, dataset: PreparedDataset, device: str = "
     return MaskNet(config, tables_of(dataset.pipeline), fields_of(dataset.pipeline), device=device)
 
 
-def fit_dataset(
-    config: Config, dataset: PreparedDataset, world: World, observer: Observer, start: Start | None = None
-) -> FitResult:
-    """Train on a data set's training split until its validation split says stop; every rank must call this.
+def prepare_model(config: Config, dataset: PreparedDataset, start: Start | None) -> MaskNet:
+    """The model that is trained, its tables on the meta device, with what the start asks for.
 
     Raises:
-        InputError: too many ranks for the batches, or the model to start from cannot be trained so.
-        Failure: the loss became NaN or infinite.
+        InputError: the model to start from cannot be trained so.
     """
-    seed, tables = config.train.seed, tables_of(dataset.pipeline)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.train.seed)
     model = build_model(config.model, dataset, "meta")
-    given = start.weights() if start is not None else None
-    if given is not None:
-        model.load_dense(given.network)
-    if start is not None and start.remove_norms:
-        _begin_removal(model, config.model)
+    if start is not None:
+        model.load_dense(start.weights().network)
+        if start.remove_norms:
+            _begin_removal(model, config.model)
     if config.train.train_only_affine:
         _freeze_all_but_affine(model)
-    task = ClickTask(model, config.train.precision, world.device.type)
-    dmp = shard(task, tables, config.optimizer.sparse, world, frozen=config.train.train_only_affine)
-
-    def rows_of(table: Table) -> torch.Tensor:
-        return given.tables[table.name] if given is not None else initial_rows(table, config.model.embedding_dim, seed)
-
-    fill_tables(dmp, tables, rows_of)
-    sampling = dataset.schema.negative_sampling
-    return fit(
-        dmp,
-        config,
-        _loaders(config, dataset, world),
-        world,
-        observer,
-        valid_rate=sampling.rate if sampling else 1.0,
-    )
+    return model
 
 
 def without_norms(config: MaskNetConfig, dataset: PreparedDataset, weights: Weights) -> tuple[MaskNetConfig, Weights]:
@@ -125,7 +107,7 @@ def without_norms(config: MaskNetConfig, dataset: PreparedDataset, weights: Weig
         folded = finish_removal(model.network, config)
     except ValueError as error:
         raise Failure(f"the norms could not be removed: {error}") from None
-    return folded, Weights(model.dense_state(), weights.tables)
+    return folded, Weights(model.dense_state(), weights.tables, weights.id_maps)
 
 
 def _begin_removal(model: MaskNet, config: MaskNetConfig) -> None:
@@ -145,13 +127,3 @@ def _freeze_all_but_affine(model: MaskNet) -> None:
     kept = {id(parameter) for module in [*trained, model.network.logit] for parameter in module.parameters()}
     for parameter in [*model.network.parameters(), *(model.values.parameters() if model.values is not None else [])]:
         parameter.requires_grad_(id(parameter) in kept)
-
-
-def _loaders(config: Config, dataset: PreparedDataset, world: World) -> dict[str, BatchLoader]:
-    share = Share(rank=world.rank, world=world.size)
-    batch_size, seed = config.train.batch_size, config.train.seed
-    train, valid = dataset.files("train"), dataset.files("valid")
-    return {
-        "train": BatchLoader(train, dataset.pipeline, batch_size=batch_size, share=share, shuffle_seed=seed),
-        "valid": BatchLoader(valid, dataset.pipeline, batch_size=VALID_BATCH, share=share),
-    }

@@ -1,0 +1,172 @@
+"""A training that stops and goes on ends as one that never stopped; damaged or failed checkpoints cost no more."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from features.dataset import PreparedDataset
+from features.errors import InputError
+from training.config import Config, load_config
+from training.distributed import join_world
+from training.errors import Failure, Stopped
+from training.fit.dataset import FitResult, Going, fit_dataset
+from training.progress import Silent
+
+CONFIG = Path(__file__).parents[2] / "training" / "configs" / "movielens.yaml"
+SMALL = ["model.block_width=16", "model.head=[8]", "model.embedding_dim=8", "model.blocks=2", "train.batch_size=512"]
+STEPS = 9  # of an epoch: 4,800 rows
+
+
+class Listener(Silent):
+    """Remembers what a person would be told, and stops training after a step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.told: list[str] = []
+        self.step = 0
+        self._stop_after = stop_after
+
+    def noted(self, message: str) -> None:
+        self.told.append(message)
+
+    def asked(self) -> bool:
+        return self._stop_after is not None and self.step >= self._stop_after
+
+    def steps_done(
+        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+    ) -> None:
+        self.step = step
+
+
+def small(*overrides: str) -> Config:
+    return load_config(CONFIG, [*SMALL, "train.epochs=3", "train.checkpoint_steps=4", *overrides])
+
+
+def run(
+    config: Config, dataset: PreparedDataset, folder: Path, listener: Listener, *, resume: bool = False
+) -> FitResult:
+    with join_world() as world:
+        going = Going(checkpoints=folder, failed=folder, observer=listener, resume=resume, stop_asked=listener.asked)
+        return fit_dataset(config, dataset, world, going)
+
+
+def same_bits(left: FitResult, right: FitResult) -> None:
+    assert left.weights is not None
+    assert right.weights is not None
+    for mine, other in [(left.weights.network, right.weights.network), (left.weights.tables, right.weights.tables)]:
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert left.position.history == right.position.history
+    assert left.position.best_epoch == right.position.best_epoch
+
+
+VARIANTS = {
+    "adam, row-wise": ["model.dropout=0.3"],
+    "power, adagrad, plateau": [
+        "model.hidden_norm=power",
+        "optimizer.sparse.name=adagrad",
+        "schedule={name: plateau, warmup_steps: 5}",
+        "model.dropout=0.2",
+        "model.kind=serial",
+        "model.head=[]",
+    ],
+    "prepbn, scale, cosine": [
+        "model.hidden_norm=prepbn",
+        "optimizer.dense.name=scale",
+        "optimizer.sparse.name=sgd",
+        "schedule.name=cosine",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+def test_what_was_stopped_twice_ends_bit_for_bit_as_what_was_not(
+    dataset: PreparedDataset, tmp_path: Path, overrides: list[str]
+) -> None:
+    config = small(*overrides)
+    whole = run(config, dataset, tmp_path / "whole", Listener())
+    for stop_after in (4, 13):
+        listener = Listener(stop_after)
+        with pytest.raises(Stopped):
+            run(config, dataset, tmp_path / "cut", listener, resume=True)
+        assert stop_after <= listener.step < whole.position.step
+    listener = Listener()
+    same_bits(whole, run(config, dataset, tmp_path / "cut", listener, resume=True))
+    assert "going on after step" in listener.told[0]
+
+
+def test_the_newest_and_the_best_are_kept(dataset: PreparedDataset, tmp_path: Path) -> None:
+    fitted = run(
+        small("train.keep_checkpoints=1", "train.epochs=6", "train.batch_size=2048"), dataset, tmp_path, Listener()
+    )
+    last, best = fitted.position.step, fitted.position.best_epoch
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"best-{best:06d}", f"step-{last:012d}"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(dataset: PreparedDataset, tmp_path: Path) -> None:
+    config = small()
+    whole = run(config, dataset, tmp_path / "whole", Listener())
+    with pytest.raises(Stopped):
+        run(config, dataset, tmp_path / "cut", Listener(14))
+    newest, before = sorted((tmp_path / "cut").glob("step-*"), reverse=True)
+    shard = next(newest.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    listener = Listener()
+    same_bits(whole, run(config, dataset, tmp_path / "cut", listener, resume=True))
+    assert f"{newest} is damaged: {shard.name} is not what was written" in listener.told[0]
+    assert str(before) in listener.told[1]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 4 kB; what the operating system says then is EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_checkpoints_and_not_training(dataset: PreparedDataset, tmp_path: Path) -> None:
+    class Filling(Listener):
+        """The disk is full from step 6 until the last epoch is nearly over."""
+
+        def steps_done(
+            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+        ) -> None:
+            if self.step < 6 <= step:
+                stack.enter_context(full_disk())
+            if step >= 28:
+                stack.close()
+
+    whole = run(small(), dataset, tmp_path / "whole", Listener())
+    with ExitStack() as stack:
+        listener = Filling()
+        same_bits(whole, run(small(), dataset, tmp_path / "full", listener))
+    assert all("could not be written" in told for told in listener.told)
+    assert {"step-000000000008", "best-000000"} <= {Path(told.split()[0]).name for told in listener.told}
+    assert not list((tmp_path / "full").glob("*.partial"))
+
+
+def test_a_disk_that_stays_full_costs_the_result(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(Failure, match="best epoch's weights could not be written"):
+        run(small("train.epochs=1"), dataset, tmp_path, Listener())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [(["train.seed=2"], "its config differs"), (["optimizer.dense.lr=0.1"], "its config differs")],
+)
+def test_another_training_is_not_gone_on_with(
+    dataset: PreparedDataset, tmp_path: Path, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(Stopped):
+        run(small(), dataset, tmp_path, Listener(4))
+    with pytest.raises(InputError, match=reason):
+        run(small(*overrides), dataset, tmp_path, Listener(), resume=True)
+    with pytest.raises(Stopped):  # what does not change the result may change
+        run(small("train.checkpoint_steps=3", "train.keep_checkpoints=5"), dataset, tmp_path, Listener(8), resume=True)

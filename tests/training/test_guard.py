@@ -1,0 +1,139 @@
+"""A loss out of bounds: which step, which batch, where in the network; or skipped without a trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from features.batches import Batch
+from features.dataset import PreparedDataset
+from masknet.config import MaskNetConfig
+from masknet.model import MaskNet, Table, initial_rows
+from serving.bundle import tables_of
+from training.config import Config, load_config
+from training.distributed import join_world
+from training.errors import Failure
+from training.fit.dataset import FitResult, Going, fit_dataset
+from training.fit.guard import first_broken
+from training.fit.starting import build_model
+from training.fit.task import ClickTask, StepOutput
+from training.progress import Silent
+
+CONFIG = Path(__file__).parents[2] / "training" / "configs" / "movielens.yaml"
+SMALL = ["model.block_width=16", "model.head=[8]", "model.embedding_dim=8", "model.blocks=2", "train.epochs=1"]
+
+
+def small(*overrides: str) -> Config:
+    return load_config(CONFIG, [*SMALL, *overrides])
+
+
+def run(config: Config, dataset: PreparedDataset, folder: Path) -> FitResult:
+    with join_world() as world:
+        return fit_dataset(
+            config,
+            dataset,
+            world,
+            Going(checkpoints=folder / "checkpoints", failed=folder / "failed", observer=Silent()),
+        )
+
+
+def poison(patch: pytest.MonkeyPatch, factor: float, *calls: int) -> None:
+    """Multiply the training loss of the given steps, counted from 1."""
+    honest, seen = ClickTask.forward, []
+
+    def forward(task: ClickTask, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
+        loss, output = honest(task, batch)
+        counts = task.training and isinstance(batch, Batch)  # not when the pipeline traces the module
+        if counts:
+            seen.append(batch)
+        spoiled = counts and len(seen) in calls
+        return (loss * factor if spoiled else loss), output
+
+    patch.setattr(ClickTask, "forward", forward)
+
+
+def test_a_rate_that_is_too_large_ends_with_step_place_and_batch(dataset: PreparedDataset, tmp_path: Path) -> None:
+    config = small(
+        "train.batch_size=512", "optimizer.dense.lr=1e18", "train.gradient_clip=null", "optimizer.dense.name=sgd"
+    )
+    with pytest.raises(Failure, match=r"the loss is .* at step [2-9]: .*; its batch is in") as told:
+        run(config, dataset, tmp_path)
+    folder = next((tmp_path / "failed").iterdir())
+    assert str(folder) in str(told.value)
+    report = json.loads((folder / "report.json").read_text())
+    assert f"step {report['step']}:" in str(told.value)
+    assert report["place"] in str(told.value)
+    batch = load_file(folder / "batch.safetensors")
+    assert len(batch["label"]) == 512
+    assert int(batch["lengths"].sum()) == len(batch["ids"])
+    assert report["fields_with_ids"] == list(dataset.pipeline.layout.ids)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_loss_out_of_bounds_ends_training_before_its_update(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    poison(monkeypatch, factor, 3)
+    with pytest.raises(Failure, match="at step 3: all values are finite"):
+        run(small("train.batch_size=512"), dataset, tmp_path)
+
+
+def test_a_skipped_batch_leaves_no_trace(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, float("nan"), 1)
+    config = small("train.batch_size=100000", "train.on_nan=skip")  # one step in the epoch
+    fitted = run(config, dataset, tmp_path)
+    assert fitted.position.skipped == 1
+    assert fitted.weights is not None
+    torch.manual_seed(config.train.seed)
+    fresh = build_model(config.model, dataset, "meta").dense_state()
+    assert fresh.keys() == fitted.weights.network.keys()
+    assert all(torch.equal(fresh[name], weight) for name, weight in fitted.weights.network.items())
+    for table in tables_of(dataset.pipeline):
+        assert torch.equal(fitted.weights.tables[table.name], initial_rows(table, 8, config.train.seed))
+
+
+def test_training_goes_on_after_what_was_skipped(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, float("inf"), 2, 5)
+    fitted = run(small("train.batch_size=512", "train.on_nan=skip"), dataset, tmp_path)
+    assert fitted.position.skipped == 2
+    assert fitted.position.loss_steps == fitted.position.step - 2
+    assert 0.3 < fitted.position.history[0]["train_loss"] < 0.8  # that of the others
+
+
+TABLES = (
+    Table(name="a", features=("a",), rows=5, pooling="sum"),
+    Table(name="b", features=("b",), rows=5, pooling="sum"),
+)
+
+
+@pytest.fixture
+def model() -> MaskNet:
+    torch.manual_seed(0)
+    config = MaskNetConfig(embedding_dim=4, blocks=2, block_width=8, head=(4,))
+    return MaskNet(config, TABLES, ("a", "b"))
+
+
+def test_the_place_is_a_field(model: MaskNet) -> None:
+    emb_BFD = torch.randn(3, 2, 4)
+    emb_BFD[1, 1, 2] = float("nan")
+    assert first_broken(model, emb_BFD) == "the embeddings of b are not finite"
+
+
+def test_the_place_is_a_weight(model: MaskNet) -> None:
+    name, weight = list(model.network.named_parameters())[5]
+    weight.data.view(-1)[0] = float("inf")
+    assert first_broken(model, torch.randn(3, 2, 4)) == f"the weights {name} are not finite since the update before"
+
+
+def test_the_place_is_a_block(model: MaskNet) -> None:
+    for name, weight in model.network.named_parameters():
+        if name.startswith("blocks.1."):
+            weight.data.fill_(1e25)
+    place = first_broken(model, torch.randn(3, 2, 4))
+    assert place.startswith("it first appears in the output of blocks.1")

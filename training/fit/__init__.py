@@ -1,0 +1,1 @@
+"""Training itself: the loop over epochs or days, its state and checkpoints, and what it starts from."""

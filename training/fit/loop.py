@@ -1,0 +1,196 @@
+"""The training loop: passes over data, in segments at whose ends nothing is in flight, with checkpoints on the way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from features.batches import Batch
+from features.loader import BatchLoader
+from masknet.networks import Network
+from masknet.norms import set_progress
+from training.config import Config
+from training.distributed import World
+from training.embeddings.managed import ManagedIds
+from training.embeddings.sharding import unwrapped
+from training.errors import Stopped
+from training.fit.checkpoints import Checkpoints, best_name, step_name
+from training.fit.guard import Guard, build_pipeline
+from training.fit.reporting import Reporter
+from training.fit.state import Position, Training
+from training.fit.task import ClickTask
+from training.optim.optimizers import build_optimizer
+from training.optim.schedule import Schedule
+
+
+class Observer(Protocol):
+    """Who wants to know how training goes; called on rank 0 only."""
+
+    def planned(self, text: str, notes: Sequence[str]) -> None:
+        """Where the tables are, as a table of text, and what a person should know of it."""
+
+    def pass_started(self, name: str, steps: int, done: int) -> None:
+        """A pass of `steps` steps begins, or goes on after `done` of them."""
+
+    def steps_done(
+        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+    ) -> None:
+        """`step` steps are done in all; `losses` are the newest ones'; `numbers` are what else there is, by name."""
+
+    def epoch_done(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """An epoch and its validation are done."""
+
+    def day_scored(self, name: str, index: int, step: int, metrics: dict[str, float | None]) -> None:
+        """A day was scored, before it is trained on."""
+
+    def noted(self, message: str) -> None:
+        """Something happened that a person should know and that does not end training."""
+
+    def checkpoint_follows(self) -> None:
+        """What was told so far is not told again by a training that goes on from the checkpoint to be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a training needs beside its model and configuration.
+
+    Attributes:
+        passes: this rank's batches of every pass over data, in turn, with the passes' names.
+        managed: maps the ids of managed fields to rows.
+        checkpoints: where they are written, and read when resuming.
+        failed: folder for a batch that ends training.
+        world: this process.
+        observer: told of what happens.
+        stop_asked: whether this process was asked to stop.
+        resume: whether to go on from the newest checkpoint, if there is one.
+        identity: what must be the same in a training and its resumption.
+    """
+
+    passes: list[tuple[str, BatchLoader]]
+    managed: ManagedIds
+    checkpoints: Checkpoints
+    failed: Path
+    world: World
+    observer: Observer
+    stop_asked: Callable[[], bool] = lambda: False
+    resume: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """A training under way, at its beginning or where the newest checkpoint was; every rank makes one alike.
+
+    Args:
+        dmp: a sharded `ClickTask`.
+        config: the whole configuration.
+        setting: data, checkpoints, who is told.
+    """
+
+    def __init__(self, dmp: DistributedModelParallel, config: Config, setting: Setting) -> None:
+        task = unwrapped(dmp)
+        assert isinstance(task, ClickTask)  # what the caller was to give
+        self.dmp, self.setting, self.position = dmp, setting, Position()
+        self.network: Network = task.model.network
+        self._train = config.train
+        self._optimizer = build_optimizer(dmp, config, self.network)
+        steps = sum(len(loader) for _, loader in setting.passes)
+        self.schedule = Schedule(config.schedule, self._optimizer, steps)
+        self._training = Training(
+            dmp, self._optimizer, self.schedule, setting.managed, self.position, setting.world, setting.identity
+        )
+        self._guard = Guard(dmp, task.model, config, setting.world, setting.failed)
+        self._pipeline = build_pipeline(dmp, self._optimizer, config, setting.world, self._guard)
+        self._reporter = Reporter(self.position, setting.world, setting.observer, setting.stop_asked, self._rate)
+        newest = setting.checkpoints.newest() if setting.resume else None
+        if newest is not None:
+            self._training.restore(newest)
+            if setting.world.is_main:
+                setting.observer.noted(f"going on after step {self.position.step:,} from {newest}")
+
+    def train_pass(self) -> None:
+        """Train to the end of the pass under way.
+
+        Raises:
+            Stopped: a signal asked to stop before it; a checkpoint is written.
+            Failure: the loss left its bounds.
+        """
+        position, (name, loader) = self.position, self.setting.passes[self.position.epoch]
+        if position.epoch_step == 0:
+            position.loss_sum, position.loss_steps = 0.0, 0
+        if self.setting.world.is_main:
+            self.setting.observer.pass_started(name, len(loader), position.epoch_step)
+        self.dmp.train()
+        batches = loader.epoch(position.epoch, position.epoch_step)
+        while position.epoch_step < len(loader):
+            self._run(batches, self._segment_end(len(loader)) - position.epoch_step, len(loader))
+            if position.step % self._train.managed_steps == 0:
+                self.setting.managed.update(self.dmp, self._optimizer)
+            if self._reporter.stopping:
+                self.save()
+                self.setting.checkpoints.wait()
+                raise Stopped(f"stopped after step {position.step:,}")
+            if position.step % self._train.checkpoint_steps == 0 and position.epoch_step < len(loader):
+                self.save()
+        position.epoch, position.epoch_step = position.epoch + 1, 0
+        set_progress(self.network, position.epoch / len(self.setting.passes))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For the length of a block the model may be called itself, without the pipeline's prefetched inputs."""
+        self._pipeline.detach()
+        try:
+            yield
+        finally:
+            self._pipeline.attach()
+
+    def save(self) -> None:
+        """A checkpoint of where training is."""
+        if self.setting.world.is_main:
+            self.setting.observer.checkpoint_follows()
+        self.setting.checkpoints.save(step_name(self.position.step), self._training.tensors(), self._training.state())
+
+    def keep_as_best(self, value: float | None = None) -> None:
+        """The weights of the pass that is done become what training ends with; `value` is what has decided on it."""
+        position = self.position
+        name = best_name(position.epoch - 1)
+        tensors = {"model": self.dmp.state_dict(), "id_maps": self.setting.managed.state_dict()}
+        self.setting.checkpoints.save(name, {key: found for key, found in tensors.items() if found}, {"best": name})
+        position.best, position.best_epoch, position.best_value = name, position.epoch - 1, value
+
+    def _segment_end(self, steps: int) -> int:
+        """The pass's step at which no batch may be in flight: a checkpoint, new rows for ids, or the pass's end."""
+        position = self.position
+        managed_steps = [] if self.setting.managed.is_empty else [self._train.managed_steps]
+        left = min(every - position.step % every for every in [self._train.checkpoint_steps, *managed_steps])
+        return min(steps, position.epoch_step + left)
+
+    def _run(self, batches: Iterator[Batch], steps: int, of: int) -> None:
+        """So many steps, or fewer where a signal asks to stop: then those in flight are done and no more are begun."""
+        position = self.position
+        feed = self._until_stopped(islice(batches, steps))
+        self._reporter.begin()
+        for _ in range(steps):
+            set_progress(self.network, (position.epoch + position.epoch_step / of) / len(self.setting.passes))
+            self.schedule.begin_step(position.step)
+            self._guard.step = position.step + 1
+            try:
+                output = self._pipeline.progress(feed)
+            except StopIteration:
+                break
+            position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
+            self._reporter.add(output, skipped=self._guard.rejected)
+        self._reporter.flush()
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield self.setting.managed.observe(batch)
+            if self._reporter.stopping:
+                return
+
+    def _rate(self) -> float:
+        """The network's learning rate."""
+        return float(self._optimizer.param_groups[0]["lr"])
