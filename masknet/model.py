@@ -84,8 +84,7 @@ class MaskNet(nn.Module):
         embedded = [self.embeddings(ids)]
         if self.values is not None:
             embedded.append(self.values(values_BV, missing_BV))
-        # By name: the order of the tables' own output follows the sharding plan, not the fields.
-        emb_BD = KeyedTensor.regroup(embedded, [self.field_names])[0]
+        emb_BD = _in_order(embedded, self.field_names)
         return emb_BD.view(-1, len(self.field_names), self._dim)
 
     def dense_state(self) -> dict[str, torch.Tensor]:
@@ -106,6 +105,15 @@ class MaskNet(nn.Module):
     def _load(self, dense: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]) -> None:
         own = {name if name.startswith(_VALUES) else f"network.{name}": weight for name, weight in dense.items()}
         self.load_state_dict({**own, **tables})
+
+
+@torch.fx.wrap  # which TorchRec's pipeline, that traces the model, is not to look into
+def _in_order(embedded: list[KeyedTensor], names: list[str]) -> torch.Tensor:
+    """Embeddings by the names of fields: the order of the tables' own output follows the sharding plan."""
+    if len(embedded) == 1 and embedded[0].keys() == names:
+        return embedded[0].values()  # as often as not; regrouping copies everything, and its gradient again
+    ordered: torch.Tensor = KeyedTensor.regroup(embedded, [names])[0]
+    return ordered
 
 
 def table_key(index: int) -> str:

@@ -331,6 +331,7 @@ def ablate(
     from training.ablation.cells import Grid, numbers, split_norms
     from training.ablation.command import AblateOptions, run_ablate
     from training.ablation.tables import differences_table, metrics_table
+    from training.config import without_password
 
     options = AblateOptions(
         config=config,
@@ -354,7 +355,7 @@ def ablate(
         rates=rates,
         landscape=split_norms(landscape),
         document=document,
-        command=shlex.join(["masknet", *sys.argv[1:]]),
+        command=shlex.join(["masknet", *map(without_password, sys.argv[1:])]),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

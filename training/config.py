@@ -52,7 +52,9 @@ class TrainConfig(Frozen):
         description="TorchRec's training pipeline; semi_sync, on CUDA, looks embeddings up before the last update",
     )
     managed_steps: int = Field(
-        default=100, ge=1, description="steps after which new ids of managed fields get rows, and others lose theirs"
+        default=100,
+        ge=1,
+        description="steps after which new ids of managed fields get rows; at most a tenth of the training",
     )
     train_only_affine: bool = Field(
         default=False, description="of a model given by --from, train only the norms' affines and the logit's layer"
@@ -135,5 +137,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def without_password(uri: str) -> str:
-    """An address as it may be shown and stored."""
-    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1:***@", uri)
+    """An address, alone or in a word, as it may be shown and stored; where it is unclear, too much is hidden."""
+    shown = re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd)=)[^&]*", r"\1***", uri)  # first: it may hold an @
+    return re.sub(r"(?<=://)([^/:]*):.*@", r"\1:***@", shown)

@@ -24,6 +24,8 @@ from training.embeddings.placement import placements
 from training.errors import Stopped
 from training.fit.dataset import FitResult, Going, fit_data_of_days, fit_dataset
 from training.fit.days import is_whole, open_data, scored_rows
+from training.fit.guard import require_pipeline
+from training.fit.identity import IDENTITY_FILE, identity_of, require_same
 from training.fit.loop import Observer
 from training.fit.starting import (
     Start,
@@ -69,9 +71,15 @@ def train(
     started = time.perf_counter()
     job = _Job(config, open_data([data] if isinstance(data, Path) else list(data)), start)
     job.require_possible()
-    with join_world() as world, stop_request() as stop, ExitStack() as stack:
+    identity = identity_of(config, job.data, start)
+    if resume and out is not None and (out / IDENTITY_FILE).exists():
+        require_same(identity, read_json(out / IDENTITY_FILE, "training"), str(out))
+    with stop_request() as stop, join_world() as world, ExitStack() as stack:
         job.require_placeable(world)
         run, observer = _reporting(job, world, console, out, resume, stack)
+        if run is not None:
+            with file_written_whole(run.out / IDENTITY_FILE) as aside:
+                write_json(aside, identity)
         out = from_rank_0(run.out if run is not None else None)
         assert out is not None  # rank 0 has a run
         fitted = None
@@ -121,6 +129,7 @@ class _Job:
 
     def require_placeable(self, world: World) -> None:
         placements(self.config, tables_of(self.dataset.pipeline), world.size, world.device.type)
+        require_pipeline(self.config, world.device.type)
 
     def fit(self, world: World, going: Going) -> FitResult:
         if self.splits:

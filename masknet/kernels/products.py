@@ -40,9 +40,16 @@ def narrowed(x: torch.Tensor) -> torch.Tensor:
     return x if _dtype is None else x.to(_dtype)
 
 
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """What `narrowed` has made, in fp32: bf16 would leave two digits of a logit."""
-    return x if _dtype is None else x.float()
+def in_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the layer makes of x in fp32 at least, under autocast too: bf16 would leave two digits of a logit."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    out: torch.Tensor
+    if not torch.is_autocast_enabled(x.device.type):
+        out = layer(wide)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            out = layer(wide)
+    return out
 
 
 def linear(x_Bi: torch.Tensor, weight_oi: torch.Tensor, bias_o: torch.Tensor | None) -> torch.Tensor:

@@ -170,6 +170,14 @@ def test_eager_is_autocast() -> None:
     assert all(torch.equal(found[name], part) for name, part in expected.items())
 
 
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_in_fp32_under_autocast_too(kind: dict[str, Any]) -> None:
+    network = network_of(kind)
+    logit_B = ours(network, torch.bfloat16)["logit"]
+    assert not torch.equal(logit_B, logit_B.bfloat16().double())
+
+
 def test_outside_nothing_is_changed() -> None:
     """Serving computes what it did: after a training, and after one that failed."""
     x_Bi, layer = torch.randn(64, 16), products.Linear(16, 8)

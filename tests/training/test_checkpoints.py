@@ -159,7 +159,10 @@ def test_a_disk_that_stays_full_costs_the_result(dataset: PreparedDataset, tmp_p
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
-    [(["train.seed=2"], "its config differs"), (["optimizer.dense.lr=0.1"], "its config differs")],
+    [
+        (["train.seed=2"], r"with another train.seed \(1, and not 2\)"),
+        (["optimizer.dense.lr=0.1"], "with another optimizer.dense.lr"),
+    ],
 )
 def test_another_training_is_not_gone_on_with(
     dataset: PreparedDataset, tmp_path: Path, overrides: list[str], reason: str

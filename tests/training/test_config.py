@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from features.errors import InputError
-from training.config import load_config, save_config
+from training.config import load_config, save_config, without_password
 from training.stack import check_stack
 
 GOOD = "experiment: e\ntracking: {registered_model: m}\nmodel: {hidden_norm: rms}\n"
@@ -63,6 +63,28 @@ def test_a_mistake_is_one_line_that_names_the_key(path: Path, override: str, tol
         load_config(path, [override])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:secret@host:5000", "http://me:***@host:5000"),
+        ("postgresql://me:sec/ret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:sec@ret:?#@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me@here:secret@host/db", "postgresql://me@here:***@host/db"),
+        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=***"),
+        ("postgresql://host:5432/db?PassWord=sec@ret&user=me", "postgresql://host:5432/db?PassWord=***&user=me"),
+        ("postgresql://host/db?sslpassword=secret&port=1", "postgresql://host/db?sslpassword=***&port=1"),
+        ("mysql://me:secret@host/db?passwd=secret", "mysql://me:***@host/db?passwd=***"),
+        ("tracking.uri=postgresql://me:secret@host/db", "tracking.uri=postgresql://me:***@host/db"),
+        ("http://127.0.0.1:5000/path", "http://127.0.0.1:5000/path"),
+        ("http://me@host:5000", "http://me@host:5000"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_an_address_is_shown_without_its_password_and_else_whole(uri: str, shown: str) -> None:
+    assert without_password(uri) == shown
 
 
 def test_no_such_file(tmp_path: Path) -> None:

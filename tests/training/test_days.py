@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from features.dataset import LABEL, PreparedDataset
+from features.encoders import UNKNOWN
 from features.errors import InputError
 from features.metrics import auc, logloss
 from features.prepare import prepare
@@ -173,3 +174,19 @@ def test_days_without_most_negatives_are_scored_as_such(
     whole = train(config, tmp_path / "both", tmp_path / "whole", QUIET, Start(trained))
     assert whole is not None
     assert whole["history"][0]["calibration"] == pytest.approx(1.0, abs=0.1)  # of all rows, by corrected scores
+
+
+def test_a_day_of_few_steps_gives_new_ids_rows(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = [{"name": "a", "type": "categorical"}]
+    fields += [{"name": "b", "type": "categorical", "encoder": "managed", "buckets": 20}]
+    managed = Schema.model_validate({"name": "days", "label": {"column": "click"}, "fields": fields})
+    prepare(managed, {"train": [str(home / "1.parquet")]}, tmp_path / "day")
+    result = train(small(tmp_path, "train.managed_steps=100"), tmp_path / "day", tmp_path / "out", QUIET)
+    assert result is not None
+    assert result["steps"] == 15
+    id_map = load_bundle(Path(result["bundle"])).scorer.id_maps["b"]
+    hash_N = np.unique(PreparedDataset.open(tmp_path / "day").split("train")["b"].to_numpy())
+    assert len(hash_N) == 8
+    assert sorted(id_map.rows(hash_N)) == sorted(set(id_map.rows(hash_N)))  # a row of its own for each
+    assert id_map.rows(hash_N).min() > UNKNOWN

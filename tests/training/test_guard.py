@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from features.batches import Batch
 from features.dataset import PreparedDataset
+from features.errors import InputError
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet, Table, initial_rows
 from serving.bundle import tables_of
@@ -137,3 +138,10 @@ def test_the_place_is_a_block(model: MaskNet) -> None:
             weight.data.fill_(1e25)
     place = first_broken(model, torch.randn(3, 2, 4))
     assert place.startswith("it first appears in the output of blocks.1")
+
+
+def test_what_a_cpu_has_no_pipeline_for_is_refused(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.pipeline semi_sync needs cuda; on cpu there is sparse_dist"):
+        run(small("train.pipeline=semi_sync"), dataset, tmp_path)
+    with pytest.raises(InputError, match=r"train\.on_nan skip needs train\.pipeline sparse_dist"):
+        small("train.pipeline=semi_sync", "train.on_nan=skip")

@@ -1,10 +1,13 @@
 """What a run records reaches MLflow whole and once, now or later, and nothing about MLflow stops a training."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -22,9 +25,14 @@ from training.config import Config, load_config
 from training.errors import Stopped
 from training.tracking import opening as tracking
 from training.tracking import run as run_module
+from training.tracking import sender as sender_module
 from training.tracking.environment import git_revision, run_name
+from training.tracking.mlflow_run import MlflowRun
 from training.tracking.opening import attach_report, open_run
+from training.tracking.outages import is_mistake, is_refusal
 from training.tracking.run import Run
+from training.tracking.sender import Sender
+from training.tracking.spool import Spool
 from training.train import train
 
 QUIET = Console(quiet=True)
@@ -258,12 +266,107 @@ def test_a_full_disk_ends_the_recording_and_not_the_training(store: str, about: 
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize(
+    ("code", "is_final"), [("ENOSPC", False), ("EIO", False), ("ESTALE", False), ("EACCES", False), ("ENOENT", True)]
+)
+def test_of_what_a_file_system_says_only_a_missing_file_is_final(code: str, is_final: bool) -> None:
+    assert is_refusal(OSError(getattr(errno, code), "")) == is_final
+
+
+def test_a_store_in_a_wrong_folder_is_a_mistake_and_a_full_one_is_none() -> None:
+    assert is_mistake(OSError(errno.EACCES, ""))
+    assert is_mistake(OSError(errno.ENOTDIR, ""))
+    assert not is_mistake(OSError(errno.ENOSPC, ""))
+
+
+def test_a_full_artifact_store_is_waited_for(
+    store: str, about: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender_module, "FLUSH_SECONDS", 0.05)  # between two tries
+    original, tries = mlflow.MlflowClient.log_text, []
+
+    def full_twice(self: mlflow.MlflowClient, run_id: str, text: str, name: str) -> None:
+        tries.append(name)
+        if len(tries) <= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, run_id, text, name)
+
+    heard = StringIO()
+    with a_run(store, about, tmp_path / "out", console=Console(file=heard, width=10_000)) as run:
+        assert run.wait_until_sent(20)
+        monkeypatch.setattr(mlflow.MlflowClient, "log_text", full_twice)
+        run.text("table_wise", "plan.txt")
+        assert run.wait_until_sent(20)
+    assert tries == ["plan.txt"] * 3
+    found = mlflow.MlflowClient().get_run(run.run_id).info.artifact_uri
+    assert mlflow.artifacts.load_text(f"{found}/plan.txt") == "table_wise"
+    first, last = heard.getvalue().splitlines()
+    assert first.startswith("MLflow takes no records ([Errno 28] No space left on device)")
+    assert last == "MLflow is back and has every record"
+
+
+def test_tries_are_seldom_again_when_nobody_waits_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "FLUSH_SECONDS", 60.0)  # the pause after the first failure
+    remote = MlflowRun("e", "name", "offline-1", None, may_exist=False)
+    tries = []
+
+    def away() -> None:
+        tries.append(1)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(remote, "open", away)
+    sender = Sender(remote, lambda message: None)
+    sender.attach(Spool(tmp_path), lambda: None)
+    waiting = threading.Thread(target=sender.drained, args=(60.0,), daemon=True)
+    waiting.start()
+    while not sender._wake.is_set():  # it waits
+        time.sleep(0.01)
+    for _ in range(3):
+        sender._pass()
+    assert len(tries) == 3, "someone waits"
+    monkeypatch.setattr(remote, "open", lambda: None)
+    monkeypatch.setattr(remote, "set_status", lambda status: None)
+    sender._pass()
+    waiting.join()
+
+    monkeypatch.setattr(remote, "open", away)
+    assert not sender.drained(0.0)
+    sender._next_try = 0.0
+    for _ in range(3):
+        sender._pass()
+    assert len(tries) == 4, "nobody waits: one try, and none before the pause has passed"
+
+
+@pytest.mark.parametrize("lost", ["set_registered_model_alias", "set_tag"])
+def test_a_registration_that_is_cut_off_is_gone_on_with(
+    lost: str, store: str, about: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # below which MLflow stores the files
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    client, name = mlflow.MlflowClient(), f"cut-off-{lost}"
+    config = at(store, tmp_path)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": name})})
+
+    def away(*_: Any) -> None:
+        raise ConnectionResetError
+
+    with open_run(config, about, tmp_path / "out", resume=False, console=QUIET) as run:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mlflow.MlflowClient, lost, away)
+            assert run.register(tmp_path / "bundle") is None
+        (made,) = client.search_model_versions(f"name = '{name}'")
+    with open_run(config, about, tmp_path / "out", resume=True, console=QUIET) as run:
+        assert run.register(tmp_path / "bundle") == f"models:/{name}/{made.version}"
+    assert [version.version for version in client.search_model_versions(f"name = '{name}'")] == [made.version]
+    assert client.get_model_version_by_alias(name, "candidate").run_id == run.run_id
+    assert client.get_run(run.run_id).data.tags["masknet.model_uri"] == f"models:/{name}/{made.version}"
+
+
 @pytest.mark.long
 def test_a_locked_database_is_waited_for(tmp_path: Path, about: dict[str, Any], store: str) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-
-    from training.tracking.mlflow_run import MlflowRun
 
     with a_run(store, about, tmp_path / "out") as run:
         run.wait_until_sent(10)
@@ -309,13 +412,18 @@ def test_a_folder_that_holds_a_run_is_not_used_for_another(store: str, about: di
         a_run(store, about, tmp_path / "out")
 
 
-def test_passwords_stay_out_of_what_is_recorded(about: dict[str, Any], tmp_path: Path) -> None:
+def test_passwords_stay_out_of_what_is_recorded(
+    about: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"http://me:secret@127.0.0.1:{a_closed_port()}"
+    monkeypatch.setattr(sys, "argv", ["/bin/masknet", "train", "--set", f"tracking.uri={uri}"])
     with a_run(uri, about, tmp_path / "out"):
         pass
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "secret" not in path.read_text(), path
     assert "me:***@" in (tmp_path / "out" / "run.json").read_text()
+    recorded = (tmp_path / "out" / "tracking" / "records.jsonl").read_text()
+    assert f"masknet train --set 'tracking.uri={uri.replace('secret', '***')}'" in recorded
 
 
 def test_the_git_revision_and_whether_files_differ_from_it(tmp_path: Path) -> None:

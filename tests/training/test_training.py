@@ -25,6 +25,7 @@ from training.baselines import baseline_scores
 from training.config import Config, load_config
 from training.errors import Failure
 from training.evaluate import MODEL, evaluate, rows_of_dataset, rows_of_files
+from training.fit.starting import Start
 from training.promote import promote
 from training.train import train
 
@@ -265,3 +266,24 @@ def test_base_rate_baseline(dataset: PreparedDataset) -> None:
     scores = baseline_scores(dataset, "valid")["base rate"]
     assert len(scores) == dataset.split("valid").num_rows
     assert scores == pytest.approx(np.full(len(scores), rate))
+
+
+def test_what_is_resumed_is_the_same_training_or_refused_untouched(
+    config: Config, planted_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    first = train(small(tmp_path, "train.epochs=1"), planted_data, out, QUIET)
+    assert first is not None
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    for key in ("train.epochs=2", "optimizer.dense.lr=0.5", "model.dropout=0.1"):
+        name = key.partition("=")[0]
+        with pytest.raises(InputError, match=f"{out} is of another training, with another {name}"):
+            train(small(tmp_path, *dict.fromkeys(["train.epochs=1", key])), planted_data, out, QUIET, resume=True)
+    start = Start(load_bundle(out / "bundle"))
+    with pytest.raises(InputError, match="with another --from: choose another --out"):
+        train(small(tmp_path, "train.epochs=1"), planted_data, out, QUIET, start, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    again = train(small(tmp_path, "train.epochs=1", "train.keep_checkpoints=3"), planted_data, out, QUIET, resume=True)
+    assert again is not None
+    assert again["model_uri"] == first["model_uri"]

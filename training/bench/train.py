@@ -7,7 +7,7 @@ row-wise Adagrad for the tables, Adam for the rest.
 
 `gemm` is this machine's rate of large products in a precision, `dense share` the network's own products, forward and
 backward, at that rate, over the time of its passes; `roofline` the same and every embedding moved at the rate of a copy
-(read, its gradient read, read and written with the update), over the time of the whole step.
+(read, its gradient written and read, read and written with the update), over the time of the whole step.
 """
 
 import tempfile

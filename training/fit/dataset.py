@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -22,6 +21,7 @@ from training.fit.allocator import keep_freed_memory
 from training.fit.checkpoints import Checkpoints, plain_tensors, read_whole, verify
 from training.fit.days import fit_days
 from training.fit.epochs import fit_epochs
+from training.fit.identity import identity_of
 from training.fit.loop import Loop, Observer, Setting
 from training.fit.precision import set_precision
 from training.fit.starting import Start, Weights, prepare_model
@@ -133,7 +133,7 @@ def _loop(
         observer=going.observer,
         stop_asked=going.stop_asked,
         resume=going.resume,
-        identity={"data": [dataset.digest for dataset in data], "config": _identity(config)},
+        identity=identity_of(config, data, start),
     )
     try:
         yield Loop(dmp, config, setting)
@@ -166,14 +166,6 @@ def _sharded(
     if given is not None:
         managed.start_from(given.id_maps)
     return dmp, managed
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The configuration without what may change between a training and its resumption."""
-    given = config.model_dump(mode="json", exclude={"tracking": True, "sharding": True})
-    for key in ("checkpoint_steps", "keep_checkpoints", "on_nan", "max_loss"):
-        given["train"].pop(key)
-    return given
 
 
 def _share(world: World) -> Share:

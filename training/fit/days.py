@@ -71,6 +71,8 @@ def fit_days(loop: Loop, names: list[str], score: Score) -> Position:
             with loop.paused():
                 metrics = from_rank_0(score(day))
             assert metrics is not None  # rank 0 has some
+            if (loss := metrics.get("logloss")) is not None:
+                loop.schedule.epoch_done(loss)
             position.history.append(metrics)
             if setting.world.is_main:
                 setting.observer.day_scored(names[day], day, position.step, metrics)

@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync, TrainPipelineSparseDist
 
 from features.batches import Batch
+from features.errors import InputError
 from features.files import write_json
 from masknet.model import MaskNet
 from training.config import Config
@@ -139,10 +140,17 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, StepOutput]):
             super()._optimizer_step()
 
 
+def require_pipeline(config: Config, device: str) -> None:
+    """InputError unless a kind of device, "cpu" or "cuda", has the pipeline that `train.pipeline` names."""
+    if config.train.pipeline == "semi_sync" and device != "cuda":
+        raise InputError(f"train.pipeline semi_sync needs cuda; on {device} there is sparse_dist")
+
+
 def build_pipeline(
     dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer, config: Config, world: World, guard: Guard
 ) -> TrainPipelineSparseDist[Batch, StepOutput]:
-    """The pipeline that `train.pipeline` names."""
-    if config.train.pipeline == "semi_sync":
-        return TrainPipelineSemiSync(dmp, optimizer, world.device, custom_model_fwd=guard.forward)
+    """The pipeline that `train.pipeline` names; InputError where the device has none of that kind."""
+    require_pipeline(config, world.device.type)
+    if config.train.pipeline == "semi_sync":  # from the first step on, so that it does not matter where one resumes
+        return TrainPipelineSemiSync(dmp, optimizer, world.device, start_batch=0, custom_model_fwd=guard.forward)
     return GuardedPipeline(dmp, optimizer, world, guard)

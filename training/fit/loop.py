@@ -26,6 +26,8 @@ from training.fit.task import ClickTask
 from training.optim.optimizers import build_optimizer
 from training.optim.schedule import Schedule
 
+MANAGED_UPDATES = 10  # times at least that new ids get rows
+
 
 class Observer(Protocol):
     """Who wants to know how training goes; called on rank 0 only."""
@@ -97,8 +99,10 @@ class Loop:
         self.network: Network = task.model.network
         self._train = config.train
         self._optimizer = build_optimizer(dmp, config, self.network)
-        steps = sum(len(loader) for _, loader in setting.passes)
-        self.schedule = Schedule(config.schedule, self._optimizer, steps)
+        self._steps = sum(len(loader) for _, loader in setting.passes)
+        # A training of a few steps, on a day, say, has to learn ids too.
+        self._managed_steps = min(config.train.managed_steps, max(1, self._steps // MANAGED_UPDATES))
+        self.schedule = Schedule(config.schedule, self._optimizer, self._steps)
         self._training = Training(
             dmp, self._optimizer, self.schedule, setting.managed, self.position, setting.world, setting.identity
         )
@@ -127,7 +131,8 @@ class Loop:
         batches = loader.epoch(position.epoch, position.epoch_step)
         while position.epoch_step < len(loader):
             self._run(batches, self._segment_end(len(loader)) - position.epoch_step, len(loader))
-            if position.step % self._train.managed_steps == 0:
+            # Not after the last step: rows that change hands start with random weights, which would stay.
+            if position.step % self._managed_steps == 0 and position.step < self._steps:
                 self.setting.managed.update(self.dmp, self._optimizer)
             if self._reporter.stopping:
                 self.save()
@@ -164,7 +169,7 @@ class Loop:
     def _segment_end(self, steps: int) -> int:
         """The pass's step at which no batch may be in flight: a checkpoint, new rows for ids, or the pass's end."""
         position = self.position
-        managed_steps = [] if self.setting.managed.is_empty else [self._train.managed_steps]
+        managed_steps = [] if self.setting.managed.is_empty else [self._managed_steps]
         left = min(every - position.step % every for every in [self._train.checkpoint_steps, *managed_steps])
         return min(steps, position.epoch_step + left)
 

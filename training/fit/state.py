@@ -14,6 +14,7 @@ from features.files import read_json
 from training.distributed import World
 from training.embeddings.managed import ManagedIds
 from training.fit.checkpoints import STATE, plain_tensors, read_tensors
+from training.fit.identity import require_same
 from training.optim.optimizers import prepare_for_load
 from training.optim.schedule import Schedule
 
@@ -84,9 +85,7 @@ class Training:
         state = read_json(path / STATE, "checkpoint")
         if state["format"] != FORMAT:
             raise InputError(f"checkpoint {path} has format {state['format']}; this program reads {FORMAT}")
-        for key, value in self.identity.items():
-            if state["identity"].get(key) != value:
-                raise InputError(f"checkpoint {path} is of another training: its {key} differs; choose another --out")
+        require_same(self.identity, state["identity"], f"checkpoint {path}")
         prepare_for_load(self.optimizer)
         replicated = {name: plain_tensors(path, name) for name in ("managed", "random")}
         tensors = {**self._parts(), **{name: found for name, found in replicated.items() if found}}

@@ -20,7 +20,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
-from training.config import Config
+from training.config import Config, without_password
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow", "polars", "mlflow")
 _GIT_SECONDS = 5
@@ -86,7 +86,7 @@ def run_tags(config: Config, data: dict[str, Any], rows: dict[str, int]) -> dict
     )
     return {
         MLFLOW_RUN_NOTE: note,
-        MLFLOW_SOURCE_NAME: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        MLFLOW_SOURCE_NAME: shlex.join(map(without_password, [Path(sys.argv[0]).name, *sys.argv[1:]])),
         MLFLOW_SOURCE_TYPE: "JOB",
         MLFLOW_USER: _user(),
         "masknet.device": where,

@@ -145,11 +145,20 @@ class MlflowRun:
     def register(self, bundle: Path, name: str) -> str:
         """Log the bundle as a python_function without pickle, register it as `candidate`, and return its URI.
 
-        What the run has registered already is not registered twice.
+        What the run has registered already is not registered twice: its tag, set last, tells that nothing is left to
+        do, and without the tag a version that an interrupted call has made is gone on with.
         """
         known = self._client.get_run(self.run_id).data.tags.get(VERSION_TAG)
         if known is not None:
             return str(known)
+        made = self._client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        number = str(made[0].version) if made else self._new_version(bundle, name)
+        self._client.set_registered_model_alias(name, CANDIDATE, number)
+        uri = f"models:/{name}/{number}"
+        self._client.set_tag(self.run_id, VERSION_TAG, uri)
+        return uri
+
+    def _new_version(self, bundle: Path, name: str) -> str:
         spec = find_spec("serving.pyfunc")
         assert spec is not None
         assert spec.origin is not None
@@ -165,10 +174,7 @@ class MlflowRun:
         if not self._client.search_registered_models(f"name = '{name}'"):
             self._client.create_registered_model(name)
         made = self._client.create_model_version(name, info.model_uri, self.run_id, model_id=info.model_id)
-        self._client.set_registered_model_alias(name, CANDIDATE, str(made.version))
-        uri = f"models:/{name}/{made.version}"
-        self._client.set_tag(self.run_id, VERSION_TAG, uri)
-        return uri
+        return str(made.version)
 
 
 def run_with_local_id(client: mlflow.MlflowClient, local_id: str, experiments: list[str]) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-import requests
 import sqlalchemy.exc
 from mlflow.exceptions import InvalidUrlException, MlflowException
 from sqlalchemy import make_url
@@ -25,8 +24,10 @@ def is_refusal(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         too_large = "failed with error code 413" in error.message
         return too_large or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
-    passing = (requests.RequestException, sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
-    return not isinstance(error, (*passing, sqlalchemy.exc.TimeoutError, ConnectionError, TimeoutError))
+    if isinstance(error, OSError):  # a request's, too; a store's disk may be full, broken or not mounted for a time
+        return isinstance(error, FileNotFoundError)  # the record's own folder
+    passing = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
+    return not isinstance(error, passing)
 
 
 def is_mistake(error: Exception) -> bool:
@@ -35,6 +36,8 @@ def is_mistake(error: Exception) -> bool:
         # something else than MLflow answers at this address: with 404, or with a page
         elsewhere = error.get_http_status_code() in (401, 403, 404) or "not in a valid JSON" in error.message
         return elsewhere or isinstance(error, InvalidUrlException) or is_refusal(error) or _is_wrong_host(error)
+    if isinstance(error, (PermissionError, NotADirectoryError)):  # a folder that was never right
+        return True
     return is_refusal(error) or _is_wrong_host(error) or any(words in str(error) for words in _REFUSED_BY_DATABASE)
 
 

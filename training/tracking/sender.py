@@ -26,7 +26,7 @@ class Sender:
         self._opened: Callable[[], None] = _nothing
         self._first_try, self._has_spool = threading.Event(), threading.Event()
         self._wake, self._state = threading.Event(), threading.Condition()
-        self._asked = self._answered = 0
+        self._asked = self._answered = self._waiting = 0
         self._ended = False
         self._told_fault = self._told_refusal = self._told_failure = False
         self._pause, self._next_try = 0.0, 0.0
@@ -52,9 +52,13 @@ class Sender:
         """Wait until all that was recorded so far has been sent; False if that took longer than `patience` seconds."""
         with self._state:
             self._asked += 1
+            self._waiting += 1
             mine = self._asked
             self._wake.set()
-            return self._state.wait_for(lambda: self._answered >= mine, patience)
+            try:
+                return self._state.wait_for(lambda: self._answered >= mine, patience)
+            finally:
+                self._waiting -= 1
 
     def stop(self) -> None:
         """End the thread; nothing more is sent, so that a later process may do it."""
@@ -88,7 +92,7 @@ class Sender:
         if self._spool.fault is not None and not self._told_fault:
             self._told_fault = True
             self.tell(f"recording ends, training goes on: {self._spool.path} cannot be written: {self._spool.fault}")
-        if time.monotonic() < self._next_try and asked == self._answered:  # and nobody waits
+        if time.monotonic() < self._next_try and not self._waiting:
             return
         try:
             self._send(self._spool, status)

@@ -162,7 +162,9 @@ def plain_batches(
     ids_NF: torch.Tensor, label_N: torch.Tensor, batch: int
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
     """Endless batches as FuxiCTR makes them: row by row in one worker process."""
-    loader = DataLoader(_Rows(ids_NF, label_N), batch_size=batch, shuffle=True, num_workers=1, drop_last=True)
+    # A worker that is forked from a process with OpenMP's threads crashes now and then.
+    settings = {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True}
+    loader = DataLoader(_Rows(ids_NF, label_N), batch_size=batch, shuffle=True, drop_last=True, **settings)
     while True:
         for rows in loader:
             yield list(rows[:, :-1].long().t().contiguous()), rows[:, -1].float()
