@@ -132,6 +132,17 @@ def test_two_processes_checkpoint_is_gone_on_with_by_another_number(data: Path, 
     assert told["steps"] == expected["steps"]
 
 
+def test_two_processes_with_running_statistics_end_together_when_the_loss_explodes(data: Path, tmp_path: Path) -> None:
+    exploding = ["optimizer.dense={name: sgd, lr: 1.0e+18}", "model.hidden_norm=power", "train.gradient_clip=null"]
+    words = [word for key in exploding for word in ("--set", key)]
+    process = start(tmp_path, data, tmp_path / "out", "--nproc", "2", *words)
+    assert process.wait(timeout=120) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("masknet: the loss is") == 1
+    assert "at step" in log
+    assert list((tmp_path / "out" / "failed").glob("step-*-rank-*/batch.safetensors"))
+
+
 def test_what_cannot_be_gone_on_with(data: Path, tmp_path: Path) -> None:
     def answer(*words: str) -> tuple[int, str]:
         made = subprocess.run(

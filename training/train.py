@@ -74,7 +74,7 @@ def train(
     identity = identity_of(config, job.data, start)
     if resume and out is not None and (out / IDENTITY_FILE).exists():
         require_same(identity, read_json(out / IDENTITY_FILE, "training"), str(out))
-    with stop_request() as stop, join_world() as world, ExitStack() as stack:
+    with join_world() as world, stop_request() as stop, ExitStack() as stack:
         job.require_placeable(world)
         run, observer = _reporting(job, world, console, out, resume, stack)
         if run is not None:
@@ -98,7 +98,9 @@ def train(
             if run is not None:
                 shutil.rmtree(out / "bundle", ignore_errors=True)  # of a training that was killed before its result
                 job.write_bundle(fitted, out / "bundle", run.run_id)
-        return None if run is None else _finish(out, run, fitted, started)
+        result = None if run is None else _finish(out, run, fitted, started)
+        from_rank_0(None)  # others wait here, where a signal does not end them
+        return result
 
 
 @dataclass(frozen=True)

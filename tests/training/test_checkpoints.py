@@ -13,6 +13,7 @@ from features.errors import InputError
 from training.config import Config, load_config
 from training.distributed import join_world
 from training.errors import Failure, Stopped
+from training.fit import epochs
 from training.fit.dataset import FitResult, Going, fit_dataset
 from training.progress import Silent
 
@@ -173,3 +174,59 @@ def test_another_training_is_not_gone_on_with(
         run(small(*overrides), dataset, tmp_path, Listener(), resume=True)
     with pytest.raises(Stopped):  # what does not change the result may change
         run(small("train.checkpoint_steps=3", "train.keep_checkpoints=5"), dataset, tmp_path, Listener(8), resume=True)
+
+
+def test_a_later_best_epoch_takes_the_place_of_one_that_could_not_be_written(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of the first two epochs are the best so far, and neither can be written when it is."""
+    values = iter([0.6, 0.5, 0.7])
+    monkeypatch.setattr(epochs, "validate", lambda *_: {"logloss": next(values), "auc": 0.5})
+
+    class Filling(Listener):
+        def steps_done(
+            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+        ) -> None:
+            if self.step < 6 <= step:
+                stack.enter_context(full_disk())
+            if step >= 24:
+                stack.close()
+
+    with ExitStack() as stack:
+        fitted = run(small(), dataset, tmp_path, Filling())
+    assert fitted.position.best_epoch == 1
+    assert fitted.weights is not None
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-000001"]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_no_stop(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(Failure, match=r"stopped after step \d+, and its checkpoint could not be written"):
+        run(small(), dataset, tmp_path, Listener(4))
+
+
+@pytest.mark.parametrize("left", [".partial", ".before"])
+def test_what_a_kill_in_a_rename_has_left_is_gone_on_with(dataset: PreparedDataset, tmp_path: Path, left: str) -> None:
+    whole = run(small(), dataset, tmp_path / "whole", Listener())
+    with pytest.raises(Stopped):
+        run(small("train.keep_checkpoints=1"), dataset, tmp_path / "cut", Listener(14))
+    [only] = (tmp_path / "cut").glob("step-*")
+    only.rename(only.with_suffix(left))
+    listener = Listener()
+    same_bits(whole, run(small(), dataset, tmp_path / "cut", listener, resume=True))
+    assert listener.told == [f"going on after step 20 from {only.with_suffix(left)}"]
+
+
+def test_damaged_checkpoints_alone_are_not_begun_from_anew(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(small(), dataset, tmp_path, Listener(4))
+    for state in tmp_path.glob("step-*/state.json"):
+        state.write_text("{}")
+    with pytest.raises(InputError, match=r"state\.json is not what was written, and there is no other: begin anew"):
+        run(small(), dataset, tmp_path, Listener(), resume=True)
+
+
+def test_a_table_that_moves_out_of_data_parallel_is_told_in_a_line(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(small("sharding.type=data_parallel"), dataset, tmp_path, Listener(4))
+    with pytest.raises(InputError, match="does not fit this sharding plan"):
+        run(small("sharding.type=table_wise"), dataset, tmp_path, Listener(), resume=True)

@@ -154,6 +154,16 @@ def test_days_in_another_encoding_or_with_a_validation_split_are_refused(home: P
         open_data([tmp_path / "nowhere"])
 
 
+def test_data_that_keeps_another_share_of_negatives_is_refused(home: Path, first: Bundle, tmp_path: Path) -> None:
+    pipeline = PreparedDataset.open(home / "first").pipeline
+    sampled = schema(negative_sampling={"rate": 0.25})
+    prepare(sampled, {"train": [str(home / "1.parquet")]}, tmp_path / "sampled", pipeline=pipeline)
+    with pytest.raises(InputError, match=r"keeps another share of negatives \(0\.25\) than .*dt=2026-01-01 \(1"):
+        open_data([home / "days", tmp_path / "sampled"])
+    with pytest.raises(InputError, match=r"keeps another share of negatives \(0\.25\) than that of model days \(1"):
+        train(small(tmp_path), tmp_path / "sampled", tmp_path / "out", QUIET, Start(first))
+
+
 def test_days_without_most_negatives_are_scored_as_such(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

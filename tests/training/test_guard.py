@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,40 @@ TABLES = (
     Table(name="a", features=("a",), rows=5, pooling="sum"),
     Table(name="b", features=("b",), rows=5, pooling="sum"),
 )
+
+
+def test_a_skipped_batch_leaves_no_trace_in_running_statistics(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embeddings of one batch are NaN: so would be the statistics, and every batch after it."""
+    honest, calls = MaskNet.embed, []
+
+    def embed(model: MaskNet, *inputs: Any) -> torch.Tensor:
+        emb_BFD = honest(model, *inputs)
+        if model.training and isinstance(emb_BFD, torch.Tensor):
+            calls.append(1)
+        return emb_BFD * (float("nan") if model.training and len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(MaskNet, "embed", embed)
+    config = small("train.batch_size=512", "train.on_nan=skip", "model.hidden_norm=power", "model.embedding_norm=batch")
+    fitted = run(config, dataset, tmp_path)
+    assert fitted.position.skipped == 1
+    assert fitted.weights is not None
+    assert all(bool(weight.isfinite().all()) for weight in fitted.weights.network.values())
+    assert 0.3 < (fitted.position.history[0]["logloss"] or 0) < 0.8
+
+
+def test_scores_that_are_no_numbers_are_no_best_epoch(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = MaskNet.embed
+
+    def embed(model: MaskNet, *inputs: Any) -> torch.Tensor:
+        return honest(model, *inputs) * (1.0 if model.training else float("nan"))
+
+    monkeypatch.setattr(MaskNet, "embed", embed)
+    with pytest.raises(Failure, match="no epoch had a validation logloss that is a number"):
+        run(small("train.batch_size=512"), dataset, tmp_path)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,9 @@ from features.files import hash_tree, read_json, write_json
 from training.distributed import World
 from training.errors import Failure
 
-STATE, _DIGESTS, _ASIDE = "state.json", "digests.json", ".partial"
+STATE, _DIGESTS, _ASIDE, _BEFORE = "state.json", "digests.json", ".partial", ".before"
 _STEP = re.compile(r"step-\d{12}")
+_NAME = 17  # characters of such a name
 
 
 @dataclass(frozen=True)
@@ -95,32 +97,48 @@ class Checkpoints:
             self._writing = None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files are what they were; damaged ones are told of and passed over."""
-        found = [self._newest_sound() if self._world.is_main else None]
-        dist.broadcast_object_list(found, src=0, group=self._group)
-        return found[0]
+        """The newest checkpoint whose files are what they were; damaged ones are told of and passed over.
 
-    def _newest_sound(self) -> Path | None:
-        for path in sorted((path for path in self._all() if _STEP.fullmatch(path.name)), reverse=True):
+        Raises:
+            InputError: there are checkpoints, and all are damaged.
+        """
+        found: list[Any] = [self._newest_sound() if self._world.is_main else None]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        if isinstance(found[0], str):
+            raise InputError(found[0])
+        path: Path | None = found[0]
+        return path
+
+    def _newest_sound(self) -> Path | str | None:
+        """Or what is wrong with the oldest. Of a kill in the middle of a rename, what is aside is whole."""
+        problem = None
+        for path in sorted(self.folder.glob("step-*"), key=lambda path: (path.name[:_NAME], path.suffix), reverse=True):
             try:
                 verify(path)
             except InputError as error:
-                self._warn(f"{error}; going back to the checkpoint before")
+                if not path.suffix:
+                    problem = str(error)
+                    self._warn(f"{error}; going back to the checkpoint before")
                 continue
             return path
-        return None
+        return None if problem is None else f"{problem}, and there is no other: begin anew with another --out"
+
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint is there; every rank must call this."""
+        found = [(self.folder / name / _DIGESTS).exists()]
+        dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
 
     def close(self) -> None:
         """Wait for the thread and end it."""
         self._join()
         self._thread.shutdown()
 
-    def _all(self) -> list[Path]:
-        return [path for path in self.folder.glob("*-*") if path.is_dir() and path.suffix != _ASIDE]
-
     def _write_all(self, saved: _Saved) -> None:
-        if self._unwritten is None or self._write(self._unwritten):
-            self._write(saved)
+        # A newer best one takes the place of one that has failed; a step's would name what is not there.
+        if _STEP.fullmatch(saved.name) and self._unwritten is not None and not self._write(self._unwritten):
+            return
+        self._write(saved)
 
     def _write(self, saved: _Saved) -> bool:
         aside = self.folder / f"{saved.name}{_ASIDE}"
@@ -146,17 +164,24 @@ class Checkpoints:
         write_json(aside / STATE, saved.state)
         write_json(aside / _DIGESTS, hash_tree(aside))
         target = self.folder / saved.name
-        shutil.rmtree(target, ignore_errors=True)  # there only where a resumed training does a step again
+        before = target.with_suffix(_BEFORE)
+        if target.exists():  # a resumed training may do a step again
+            target.replace(before)
         aside.replace(target)
+        shutil.rmtree(before, ignore_errors=True)
         if _STEP.fullmatch(saved.name):
             self._prune()
 
     def _prune(self) -> None:
-        steps = sorted(path for path in self._all() if _STEP.fullmatch(path.name))
-        kept = {path.name for path in steps[-self._keep :]}
+        """Remove what is no longer needed; what cannot be read or removed stays."""
+        found = [path for path in self.folder.iterdir() if path.is_dir()]
+        newest = sorted((path for path in found if _STEP.fullmatch(path.name)), reverse=True)[: self._keep]
+        kept = {path.name for path in newest}
         # An older checkpoint may name an older best one, without which it could not be gone back to.
-        kept |= {read_json(path / STATE, "checkpoint")["best"] for path in steps[-self._keep :]}
-        for path in self._all():
+        for path in newest:
+            with suppress(InputError):
+                kept.add(read_json(path / STATE, "checkpoint")["best"])
+        for path in found:
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 

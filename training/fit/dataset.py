@@ -165,6 +165,8 @@ def _sharded(
     )
     if given is not None:
         managed.start_from(given.id_maps)
+    if world.size > 1:  # dropout draws by process; how much was drawn before depends on the plan
+        torch.manual_seed(train.seed * 1_000_003 + world.rank)
     return dmp, managed
 
 

@@ -25,6 +25,11 @@ def open_data(paths: list[Path]) -> list[PreparedDataset]:
                 f"prepared data {dataset.path} was encoded by another pipeline than {found[0].path}: prepare all days "
                 "with --pipeline MODEL"
             )
+        if dataset.schema.sampling_rate != found[0].schema.sampling_rate:
+            raise InputError(
+                f"prepared data {dataset.path} keeps another share of negatives ({dataset.schema.sampling_rate}) than "
+                f"{found[0].path} ({found[0].schema.sampling_rate}): a model's scores are corrected by one"
+            )
     for dataset in found:
         if len(found) > 1 and is_whole(dataset):
             raise InputError(

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync, TrainPipelineSparseDist
 
 from features.batches import Batch
-from features.errors import InputError
+from features.errors import InputError, one_line
 from features.files import write_json
 from masknet.model import MaskNet
 from training.config import Config
@@ -44,37 +46,54 @@ class Guard:
         self._emb_BFD = args[0].detach()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
-        """The task's forward pass; with `on_nan: skip` the ranks agree on what is to be skipped.
+        """The task's forward pass; the ranks agree on what is to be skipped, and fail together.
 
         Raises:
             Failure: the loss is out of bounds and not to be skipped, or could not get better by skipping.
         """
+        network = self._model.network
+        before = [(buffer, buffer.clone()) for buffer in network.buffers()] if self._skips else []
         loss: torch.Tensor
         loss, output = self._dmp(batch)
         value = float(loss.detach())
-        bad = not value <= self._max_loss
-        if bad and not (self._skips and self._weights_are_sound()):
-            raise self._failure(batch, value)
-        if self._skips and self._world.size > 1:
-            bad = bool(sum_over_ranks(torch.tensor(float(bad), device=self._world.device)))
-        self.rejected = bad
+        is_bad, is_hopeless = self._agreed(not value <= self._max_loss)
+        if is_hopeless:
+            told = self._told(batch, value)
+            raise Failure(f"{told}. Try a smaller learning rate, or train.on_nan=skip")
+        if is_bad:
+            for buffer, kept in before:  # running statistics have seen the batch already
+                buffer.copy_(kept)
+        self.rejected = is_bad
         return loss, output
 
-    def _weights_are_sound(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self._model.network.parameters())
+    def _agreed(self, bad: bool) -> tuple[bool, bool]:
+        """Whether any rank's loss is out of bounds, and whether that ends training; the same on every rank."""
+        hopeless = bad and not (self._skips and self._weights_are_sound())
+        if self._world.size == 1:
+            return bad, hopeless
+        found = torch.tensor([float(bad), float(hopeless)], device=self._world.device)
+        is_bad, is_hopeless = (sum_over_ranks(found) > 0).tolist()
+        return is_bad, is_hopeless
 
-    def _failure(self, batch: Batch, value: float) -> Failure:
+    def _weights_are_sound(self) -> bool:
+        return all(bool(weight.isfinite().all()) for weight in self._model.network.parameters())
+
+    def _told(self, batch: Batch, value: float) -> str:
+        """What happened on the first rank where it did; every rank must call this, for norms exchange statistics."""
         place = first_broken(self._model, self._emb_BFD)
+        mine = None if value <= self._max_loss else self._saved(batch, value, place)
+        told: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(told, mine)
+        return next(text for text in told if text is not None)
+
+    def _saved(self, batch: Batch, value: float, place: str) -> str:
         folder = self._folder / f"step-{self.step}-rank-{self._world.rank}"
         saved = f"its batch is in {folder}"
         try:
             _save(batch, folder, {"step": self.step, "loss": repr(value), "place": place})
-        except OSError as error:
-            saved = f"its batch could not be saved: {error.strerror}"
-        return Failure(
-            f"the loss is {value:.6g} at step {self.step}: {place}; {saved}. "
-            "Try a smaller learning rate, or train.on_nan=skip"
-        )
+        except (OSError, SafetensorError) as error:
+            saved = f"its batch could not be saved: {one_line(error)}"
+        return f"the loss is {value:.6g} at step {self.step}: {place}; {saved}"
 
 
 def first_broken(model: MaskNet, emb_BFD: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ from training.config import Config
 from training.distributed import World
 from training.embeddings.managed import ManagedIds
 from training.embeddings.sharding import unwrapped
-from training.errors import Stopped
+from training.errors import Failure, Stopped
 from training.fit.checkpoints import Checkpoints, best_name, step_name
 from training.fit.guard import Guard, build_pipeline
 from training.fit.reporting import Reporter
@@ -120,7 +120,7 @@ class Loop:
 
         Raises:
             Stopped: a signal asked to stop before it; a checkpoint is written.
-            Failure: the loss left its bounds.
+            Failure: the loss left its bounds, or that checkpoint could not be written.
         """
         position, (name, loader) = self.position, self.setting.passes[self.position.epoch]
         if position.epoch_step == 0:
@@ -137,6 +137,8 @@ class Loop:
             if self._reporter.stopping:
                 self.save()
                 self.setting.checkpoints.wait()
+                if not self.setting.checkpoints.has(step_name(position.step)):
+                    raise Failure(f"stopped after step {position.step:,}, and its checkpoint could not be written")
                 raise Stopped(f"stopped after step {position.step:,}")
             if position.step % self._train.checkpoint_steps == 0 and position.epoch_step < len(loader):
                 self.save()

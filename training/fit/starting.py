@@ -70,6 +70,12 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
             f"prepared data {dataset.path} was encoded by another pipeline than that of {name}, where training starts: "
             "prepare the raw rows with --pipeline MODEL"
         )
+    rate, theirs = dataset.schema.sampling_rate, start.bundle.manifest["sampling_rate"]
+    if rate != theirs:
+        raise InputError(
+            f"prepared data {dataset.path} keeps another share of negatives ({rate}) than that of {name} ({theirs}), "
+            "where training starts: its scores are corrected by that"
+        )
     theirs = start.bundle.config.model_dump()
     other = [key for key, value in config.model.model_dump().items() if key != "dropout" and theirs[key] != value]
     if other:

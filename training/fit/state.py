@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -91,8 +92,9 @@ class Training:
         tensors = {**self._parts(), **{name: found for name, found in replicated.items() if found}}
         try:
             read_tensors(path, tensors)
-        except ValueError as error:  # row-wise statistics by columns, for another number of shards
-            raise InputError(f"checkpoint {path} does not fit this sharding plan: {one_line(error)}") from None
+        except CheckpointException as error:  # a table in or out of data_parallel, or row-wise statistics by columns
+            cause, _ = next(iter(error.failures.values()))
+            raise InputError(f"checkpoint {path} does not fit this sharding plan: {one_line(cause)}") from None
         self.dmp.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.managed.load_state_dict(replicated["managed"])

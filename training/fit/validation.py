@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -15,7 +16,10 @@ from training.fit.task import StepOutput
 def validate(
     dmp: DistributedModelParallel, loader: BatchLoader, managed: ManagedIds, world: World, rate: float
 ) -> dict[str, float]:
-    """Log loss and AUC of a whole split, with scores σ(logit − log(1 / rate)); the same on every rank."""
+    """Log loss and AUC of a whole split, with scores σ(logit − log(1 / rate)); the same on every rank.
+
+    NaN where scores are no numbers.
+    """
     dmp.eval()
     outputs: list[StepOutput] = []
     with torch.no_grad():
@@ -24,5 +28,7 @@ def validate(
     logit_N = concat_over_ranks(torch.cat([output.logit_B for output in outputs])) + math.log(rate)
     score_N = logit_N.sigmoid().cpu().numpy()
     label_N = concat_over_ranks(torch.cat([output.label_B for output in outputs])).cpu().numpy()
+    if not np.isfinite(score_N).all():
+        return {"logloss": float("nan"), "auc": float("nan")}
     value = auc(label_N, score_N)
     return {"logloss": logloss(label_N, score_N), "auc": float("nan") if value is None else value}
