@@ -230,3 +230,22 @@ def test_a_table_that_moves_out_of_data_parallel_is_told_in_a_line(dataset: Prep
         run(small("sharding.type=data_parallel"), dataset, tmp_path, Listener(4))
     with pytest.raises(InputError, match="does not fit this sharding plan"):
         run(small("sharding.type=table_wise"), dataset, tmp_path, Listener(), resume=True)
+
+
+def test_the_stages_of_steps_are_told_and_are_parts_of_their_time(dataset: PreparedDataset, tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+
+    class Telling(Listener):
+        def steps_done(
+            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+        ) -> None:
+            told.append({"ms": 1e3 * 512 / samples_per_second, **numbers})
+
+    run(small("train.epochs=1", "schedule.warmup_steps=100"), dataset, tmp_path, Telling())
+    stages = ["ms_load", "ms_forward", "ms_backward", "ms_optimizer"]
+    assert set(told[0]) == {"ms", "learning_rate", "skipped_batches", *stages}
+    for numbers in told[:2]:  # the last one has a smaller batch
+        assert min(numbers[stage] for stage in stages) > 0
+        assert sum(numbers[stage] for stage in stages) < numbers["ms"] * 1.01
+    rate = load_config(CONFIG, []).optimizer.dense.lr
+    assert told[0]["learning_rate"] == pytest.approx(rate * 4 / 100)  # of the fourth step

@@ -14,6 +14,7 @@ from training.distributed import World
 from training.embeddings.sharding import fill_tables, shard
 from training.fit.guard import Guard, build_pipeline
 from training.fit.precision import Precision, set_precision
+from training.fit.stopwatch import Stopwatch
 from training.fit.task import ClickTask, StepOutput
 from training.optim.optimizers import build_optimizer
 
@@ -45,7 +46,7 @@ class Trainer:
         dim, seed = config.model.embedding_dim, config.train.seed
         fill_tables(self.dmp, tables, lambda table: initial_rows(table, dim, seed))
         self.optimizer = build_optimizer(self.dmp, config, self.model.network)
-        guard = Guard(self.dmp, self.model, config, world, Path("failed"))
+        guard = Guard(self.dmp, self.model, config, world, Path("failed"), Stopwatch())
         self.pipeline = build_pipeline(self.dmp, self.optimizer, config, world, guard)
         self.dmp.train()
 

@@ -18,6 +18,7 @@ from masknet.model import MaskNet
 from training.config import Config
 from training.distributed import World, sum_over_ranks
 from training.errors import Failure
+from training.fit.stopwatch import Stopwatch
 from training.fit.task import StepOutput
 
 
@@ -30,13 +31,21 @@ class Guard:
         config: `train.on_nan` and `train.max_loss`.
         world: this process.
         folder: where a batch that ends training is saved.
+        stopwatch: times forward pass, backward pass and optimizer.
     """
 
     def __init__(
-        self, dmp: DistributedModelParallel, model: MaskNet, config: Config, world: World, folder: Path
+        self,
+        dmp: DistributedModelParallel,
+        model: MaskNet,
+        config: Config,
+        world: World,
+        folder: Path,
+        stopwatch: Stopwatch,
     ) -> None:
         self.step = 0  # the number of the step under way, counted from 1
         self.rejected = False
+        self.stopwatch = stopwatch
         self._dmp, self._model, self._world, self._folder = dmp, model, world, folder
         self._skips, self._max_loss = config.train.on_nan == "skip", config.train.max_loss
         self._emb_BFD = torch.empty(0)
@@ -54,8 +63,9 @@ class Guard:
         network = self._model.network
         before = [(buffer, buffer.clone()) for buffer in network.buffers()] if self._skips else []
         loss: torch.Tensor
-        loss, output = self._dmp(batch)
-        value = float(loss.detach())
+        with self.stopwatch.of("forward"):
+            loss, output = self._dmp(batch)
+            value = float(loss.detach())
         is_bad, is_hopeless = self._agreed(not value <= self._max_loss)
         if is_hopeless:
             told = self._told(batch, value)
@@ -152,11 +162,13 @@ class GuardedPipeline(TrainPipelineSparseDist[Batch, StepOutput]):
 
     def _backward(self, losses: torch.Tensor) -> None:
         if not self._guard.rejected:
-            super()._backward(losses)
+            with self._guard.stopwatch.of("backward"):
+                super()._backward(losses)
 
     def _optimizer_step(self) -> None:
         if not self._guard.rejected:
-            super()._optimizer_step()
+            with self._guard.stopwatch.of("optimizer"):
+                super()._optimizer_step()
 
 
 def require_pipeline(config: Config, device: str) -> None:

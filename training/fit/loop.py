@@ -22,6 +22,7 @@ from training.fit.checkpoints import Checkpoints, best_name, step_name
 from training.fit.guard import Guard, build_pipeline
 from training.fit.reporting import Reporter
 from training.fit.state import Position, Training
+from training.fit.stopwatch import Stopwatch
 from training.fit.task import ClickTask
 from training.optim.optimizers import build_optimizer
 from training.optim.schedule import Schedule
@@ -106,9 +107,10 @@ class Loop:
         self._training = Training(
             dmp, self._optimizer, self.schedule, setting.managed, self.position, setting.world, setting.identity
         )
-        self._guard = Guard(dmp, task.model, config, setting.world, setting.failed)
+        self._stopwatch = Stopwatch()
+        self._guard = Guard(dmp, task.model, config, setting.world, setting.failed, self._stopwatch)
         self._pipeline = build_pipeline(dmp, self._optimizer, config, setting.world, self._guard)
-        self._reporter = Reporter(self.position, setting.world, setting.observer, setting.stop_asked, self._rate)
+        self._reporter = Reporter(self.position, setting.world, setting.observer, setting.stop_asked, self._numbers)
         newest = setting.checkpoints.newest() if setting.resume else None
         if newest is not None:
             self._training.restore(newest)
@@ -193,11 +195,15 @@ class Loop:
         self._reporter.flush()
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            yield self.setting.managed.observe(batch)
-            if self._reporter.stopping:
+        while not self._reporter.stopping:
+            with self._stopwatch.of("load"):
+                batch = next(batches, None)
+                ready = None if batch is None else self.setting.managed.observe(batch)
+            if ready is None:
                 return
+            yield ready
 
-    def _rate(self) -> float:
-        """The network's learning rate."""
-        return float(self._optimizer.param_groups[0]["lr"])
+    def _numbers(self, steps: int) -> dict[str, float]:
+        """What is recorded beside the losses of the last so many steps."""
+        rate = float(self._optimizer.param_groups[0]["lr"])  # the network's
+        return {"learning_rate": rate, **self._stopwatch.taken(steps)}

@@ -30,7 +30,7 @@ class Reporter:
         world: this process.
         listener: told of the steps, on rank 0.
         stop_asked: whether this process was asked to stop.
-        learning_rate: the network's at the moment.
+        numbers: what else is reported of the last so many steps, by name.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Reporter:
         world: World,
         listener: _Listener,
         stop_asked: Callable[[], bool],
-        learning_rate: Callable[[], float],
+        numbers: Callable[[int], dict[str, float]],
     ) -> None:
         self.stopping = False  # whether any rank was asked to; the same on all ranks after the same step
         self._position, self._world, self._listener = position, world, listener
-        self._stop_asked, self._learning_rate = stop_asked, learning_rate
+        self._stop_asked, self._numbers = stop_asked, numbers
         self._pending: list[StepOutput] = []
         self._counts: list[bool] = []
         self._logit_N, self._label_N = np.empty(0, np.float32), np.empty(0, np.float32)
@@ -77,7 +77,7 @@ class Reporter:
                 means,
                 self._running_auc(),
                 exchanged[-2] / (now - self._since),
-                learning_rate=self._learning_rate(),
+                **self._numbers(len(self._pending)),
                 skipped_batches=self._position.skipped,
             )
         self._since = now
