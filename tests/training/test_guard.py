@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from features.batches import Batch
 from features.dataset import PreparedDataset
@@ -17,6 +18,7 @@ from serving.bundle import tables_of
 from training.config import Config, load_config
 from training.distributed import join_world
 from training.errors import Failure
+from training.fit import epochs
 from training.fit.dataset import FitResult, Going, fit_dataset
 from training.fit.guard import first_broken
 from training.fit.starting import build_model
@@ -96,6 +98,28 @@ def test_a_skipped_batch_leaves_no_trace(
     assert all(torch.equal(fresh[name], weight) for name, weight in fitted.weights.network.items())
     for table in tables_of(dataset.pipeline):
         assert torch.equal(fitted.weights.tables[table.name], initial_rows(table, 8, config.train.seed))
+
+
+def test_a_skipped_batch_is_no_step_by_momentum_either(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step in an epoch: after the second, which is skipped, the weights are those of the first."""
+    one = run(small("train.batch_size=100000", "train.on_nan=skip"), dataset, tmp_path / "one").weights
+    seen: list[dict[str, torch.Tensor]] = []
+    honest = epochs.validate
+
+    def looking(dmp: DistributedModelParallel, *rest: Any) -> dict[str, float]:
+        seen.append({name: weight.clone() for name, weight in dmp.state_dict().items() if ".network." in name})
+        return honest(dmp, *rest)
+
+    monkeypatch.setattr(epochs, "validate", looking)
+    poison(monkeypatch, float("nan"), 2)
+    run(small("train.batch_size=100000", "train.on_nan=skip", "train.epochs=2"), dataset, tmp_path / "two")
+    assert one is not None
+    assert len(seen) == 2
+    for name, weight in one.network.items():
+        assert torch.equal(seen[0][f"model.network.{name}"], weight)
+        assert torch.equal(seen[1][f"model.network.{name}"], weight)
 
 
 def test_training_goes_on_after_what_was_skipped(

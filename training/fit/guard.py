@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync, TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
 
 from features.batches import Batch
 from features.errors import InputError, one_line
@@ -151,24 +152,33 @@ def _save(batch: Batch, folder: Path, report: dict[str, Any]) -> None:
     write_json(folder / "report.json", {**report, "fields_with_ids": batch.ids.keys()})
 
 
+class _HeldOptimizer:
+    """What a pipeline calls of an optimizer, which makes no step for a rejected batch."""
+
+    def __init__(self, optimizer: CombinedOptimizer, guard: Guard) -> None:
+        self._optimizer, self._guard = optimizer, guard
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def step(self) -> None:
+        if not self._guard.rejected:
+            with self._guard.stopwatch.of("optimizer"):
+                self._optimizer.step()
+
+
 class GuardedPipeline(TrainPipelineSparseDist[Batch, StepOutput]):
     """TorchRec's pipeline, in which a rejected batch changes nothing."""
 
-    def __init__(
-        self, dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer, world: World, guard: Guard
-    ) -> None:
-        super().__init__(dmp, optimizer, world.device, custom_model_fwd=guard.forward)
+    def __init__(self, dmp: DistributedModelParallel, optimizer: CombinedOptimizer, world: World, guard: Guard) -> None:
+        held: Any = _HeldOptimizer(optimizer, guard)
+        super().__init__(dmp, held, world.device, custom_model_fwd=guard.forward)
         self._guard = guard
 
     def _backward(self, losses: torch.Tensor) -> None:
         if not self._guard.rejected:
             with self._guard.stopwatch.of("backward"):
                 super()._backward(losses)
-
-    def _optimizer_step(self) -> None:
-        if not self._guard.rejected:
-            with self._guard.stopwatch.of("optimizer"):
-                super()._optimizer_step()
 
 
 def require_pipeline(config: Config, device: str) -> None:
@@ -178,7 +188,7 @@ def require_pipeline(config: Config, device: str) -> None:
 
 
 def build_pipeline(
-    dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer, config: Config, world: World, guard: Guard
+    dmp: DistributedModelParallel, optimizer: CombinedOptimizer, config: Config, world: World, guard: Guard
 ) -> TrainPipelineSparseDist[Batch, StepOutput]:
     """The pipeline that `train.pipeline` names; InputError where the device has none of that kind."""
     require_pipeline(config, world.device.type)
