@@ -7,7 +7,7 @@ from masknet.activations import ACTIVATIONS, initialize, make_dropout
 from masknet.blocks import InstanceGuidedMask, MaskBlock, MaskOnlyBlock, NoMask
 from masknet.config import MaskNetConfig
 from masknet.kernels.dispatch import normed, normed_embedding
-from masknet.kernels.products import Linear, in_fp32, narrowed
+from masknet.kernels.products import Linear, narrowed, unnarrowed
 from masknet.norms import make_norm
 from masknet.norms.base import Affine, Norm
 from masknet.norms.none import NoNorm
@@ -106,7 +106,7 @@ class SerialMaskNet(nn.Module):
         for block in self.blocks:
             x_Bz = block(x_Bz, raw_BD)
         assert isinstance(x_Bz, torch.Tensor)  # since the first block has multiplied
-        return in_fp32(self.logit, normed(self.final_norm, x_Bz, raw_BD)).squeeze(-1)
+        return unnarrowed(self.logit, normed(self.final_norm, x_Bz, raw_BD)).squeeze(-1)
 
 
 class ParallelMaskNet(nn.Module):
@@ -134,7 +134,7 @@ class ParallelMaskNet(nn.Module):
         raw_BD = narrowed(emb_BFd.flatten(1))
         normed_BD = normed_embedding(self.embedding_norm, emb_BFd, raw_BD)
         hidden_BKh = torch.cat([block(normed_BD, raw_BD) for block in self.blocks], dim=1)
-        return in_fp32(self.logit, self.head(hidden_BKh)).squeeze(-1)
+        return unnarrowed(self.logit, self.head(hidden_BKh)).squeeze(-1)
 
 
 Network = SerialMaskNet | ParallelMaskNet

@@ -40,9 +40,9 @@ def narrowed(x: torch.Tensor) -> torch.Tensor:
     return x if _dtype is None else x.to(_dtype)
 
 
-def in_fp32(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the layer makes of x in fp32 at least, under autocast too: bf16 would leave two digits of a logit."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def unnarrowed(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What the layer makes of x in its weights' precision, also under autocast: bf16 leaves two digits of a logit."""
+    wide = x.to(layer.weight.dtype)
     out: torch.Tensor
     if not torch.is_autocast_enabled(x.device.type):
         out = layer(wide)
