@@ -131,6 +131,7 @@ def test_raw_prepared_and_ranked_rows_have_equal_scores(home: Path, trained: Bun
     assert ranked[0].score == pytest.approx(float(score_N[0]), abs=1e-6)
 
 
+@pytest.mark.long
 def test_new_rows_are_encoded_by_a_models_pipeline(home: Path) -> None:
     test = PreparedDataset.open(home / "data").split("test")
     lines = (home / "raw.csv").read_text().splitlines()

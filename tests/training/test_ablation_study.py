@@ -117,6 +117,7 @@ def test_mlflow_has_a_run_for_the_study_and_one_below_for_every_seed(out: Path, 
             assert "the loss is" in child.data.tags["masknet.reason"]
 
 
+@pytest.mark.long
 def test_a_restart_runs_only_what_is_missing(
     out: Path, found: dict[str, Any], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ def planted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return other
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_a_failed_cell_and_the_others_go_on(
     config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

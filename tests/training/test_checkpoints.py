@@ -83,7 +83,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(keys, id=name, marks=[pytest.mark.long] if place else [])
+        for place, (name, keys) in enumerate(VARIANTS.items())
+    ],
+)
 def test_what_was_stopped_twice_ends_bit_for_bit_as_what_was_not(
     dataset: PreparedDataset, tmp_path: Path, overrides: list[str]
 ) -> None:
