@@ -71,11 +71,18 @@ def join_world() -> Iterator[World]:
         raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
-        # A group's threads end with its last reference, and models hold references in cycles. A thread that is left,
-        # and that lets go of a tensor when the interpreter is ending, aborts the process: it asks for the GIL in a
-        # destructor, and instead of getting it is told to exit.
-        gc.collect()
+            leave_group()
+
+
+def leave_group() -> None:
+    """Leave the processes' group, and see its threads end.
+
+    They end with the group's last reference, and models hold references in cycles. A thread that is left, and that lets
+    go of a tensor when the interpreter is ending, aborts the process: it asks for the GIL in a destructor, and instead
+    of getting it is told to exit.
+    """
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _wait_for_all(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 It does so alone if it is the first, then as one of two and as one of three: python ranks_worker.py JOB RANK.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -77,6 +78,7 @@ def main(job: dict[str, Any], rank: int) -> None:
         save_file(results, Path(job["out"]) / f"{world}-{rank}.safetensors")
         if world > 1:
             dist.destroy_process_group()
+            gc.collect()  # a thread of the group that is left when the interpreter ends may abort it
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from features.schema import Schema
 from masknet.model import MaskNet, initial_rows
 from serving.bundle import fields_of, tables_of
 from training.config import Config
-from training.distributed import World
+from training.distributed import World, leave_group
 from training.embeddings.managed import ManagedIds
 from training.embeddings.sharding import fill_tables, gather_tables, shard
 from training.fit.checkpoints import plain_tensors
@@ -99,7 +99,7 @@ def main(out: Path, rank: int) -> None:
             dist.init_process_group("gloo", init_method=f"file://{out}/{size}{name}", rank=rank, world_size=size)
             world = World(rank=rank, size=size, device=torch.device("cpu"))
             save_file(train(world, out / "checkpoint", bool(name)), out / f"{size}-{rank}{name}.safetensors")
-            dist.destroy_process_group()
+            leave_group()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from tests.training.placed import TABLES, batches, configured, placed
-from training.distributed import World, sum_over_ranks
+from training.distributed import World, leave_group, sum_over_ranks
 from training.embeddings.sharding import gather_tables
 from training.optim.optimizers import build_optimizer, prepare_for_load
 from training.quiet import quiet_libraries
@@ -65,7 +65,7 @@ def main(job: dict[str, Any], rank: int, size: int) -> None:
             seen = train(sections, world, out / f"{case} checkpoint", resumes)
             if world.is_main:
                 save_file(seen, out / f"{case}-{size}{'-resumed' if resumes else ''}.safetensors")
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
