@@ -94,7 +94,7 @@ class Way:
         listener = Clocked(run, QUIET) if run is not None else Silent()
         self._clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threads if thread.ident is not None]
         self._listener, self.cpu = listener, 0.0
-        self._reporter = Reporter(self._position, world, listener, lambda: False, lambda: 1.0e-3)
+        self._reporter = Reporter(self._position, world, listener, lambda: False, lambda _: {"learning_rate": 1.0e-3})
 
     def turn(self, steps: int) -> float:
         """Seconds of so many steps and of what follows from them; `cpu` is what of a core recording took meanwhile."""
