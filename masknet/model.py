@@ -17,6 +17,7 @@ from masknet.values import INIT_STD, ValueEmbedding, ValueField
 
 _VALUES = "values."  # of the value embeddings' weights, beside the network's
 _TABLES = "embeddings.embedding_bags."
+_NETWORK = "network."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +97,14 @@ class MaskNet(nn.Module):
 
     def load_weights(self, dense: Mapping[str, torch.Tensor], tables: Sequence[torch.Tensor]) -> None:
         """Take over what `dense_state` gave, and whole tables [rows, d]; RuntimeError where they do not fit."""
-        self._load(dense, {f"{_TABLES}{table_key(i)}.weight": weight for i, weight in enumerate(tables)})
+        self._load(dense, {_table_weight(i): weight for i, weight in enumerate(tables)})
 
     def load_dense(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Take over what `dense_state` gave, and leave the tables; RuntimeError where it does not fit."""
         self._load(dense, {name: weight for name, weight in self.state_dict().items() if name.startswith(_TABLES)})
 
     def _load(self, dense: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]) -> None:
-        own = {name if name.startswith(_VALUES) else f"network.{name}": weight for name, weight in dense.items()}
+        own = {name if name.startswith(_VALUES) else f"{_NETWORK}{name}": weight for name, weight in dense.items()}
         self.load_state_dict({**own, **tables})
 
 
@@ -114,6 +115,19 @@ def _in_order(embedded: list[KeyedTensor], names: list[str]) -> torch.Tensor:
         return embedded[0].values()  # as often as not; regrouping copies everything, and its gradient again
     ordered: torch.Tensor = KeyedTensor.regroup(embedded, [names])[0]
     return ordered
+
+
+def split_weights(
+    state: Mapping[str, torch.Tensor], num_tables: int
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Of a whole model's state, what `load_weights` takes: all weights but the tables', and the tables in order."""
+    rest = dict(state)
+    tables = [rest.pop(_table_weight(index)) for index in range(num_tables)]
+    return {name.removeprefix(_NETWORK): weight for name, weight in rest.items()}, tables
+
+
+def _table_weight(index: int) -> str:
+    return f"{_TABLES}{table_key(index)}.weight"
 
 
 def table_key(index: int) -> str:

@@ -6,13 +6,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from training.fit.observer import Observer
 from training.report import number
 from training.tracking.run import Run
 
 _EPOCH_NAMES = {"train_loss": "epoch_train_loss"}  # every step's loss has the bare name
 
 
-class TrainingObserver:
+class TrainingObserver(Observer):
     """Passes the loop's news on to the terminal (standard error) and to MLflow."""
 
     def __init__(self, run: Run, console: Console) -> None:
@@ -91,28 +92,5 @@ class TrainingObserver:
         self._run.flush()
 
 
-class Silent:
-    """The observer of every rank but 0."""
-
-    def planned(self, text: str, notes: Sequence[str]) -> None:
-        """Nothing."""
-
-    def pass_started(self, name: str, steps: int, done: int) -> None:
-        """Nothing."""
-
-    def steps_done(
-        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
-    ) -> None:
-        """Nothing."""
-
-    def epoch_done(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
-        """Nothing."""
-
-    def day_scored(self, name: str, index: int, step: int, metrics: dict[str, float | None]) -> None:
-        """Nothing."""
-
-    def noted(self, message: str) -> None:
-        """Nothing."""
-
-    def checkpoint_follows(self) -> None:
-        """Nothing."""
+class Silent(Observer):
+    """The observer of every rank but 0, which does nothing."""

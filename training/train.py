@@ -26,7 +26,7 @@ from training.fit.dataset import FitResult, Going, fit_data_of_days, fit_dataset
 from training.fit.days import is_whole, open_data, scored_rows
 from training.fit.guard import require_pipeline
 from training.fit.identity import IDENTITY_FILE, identity_of, require_same
-from training.fit.loop import Observer
+from training.fit.observer import Observer
 from training.fit.starting import (
     Start,
     Weights,

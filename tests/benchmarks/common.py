@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from training.bench.machine import cpu_name
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = ROOT / "features" / "schemas" / "criteo.yaml"
@@ -21,9 +23,8 @@ _PACKAGES = ("polars", "polars-hash", "pyarrow", "numpy", "torch", "torchrec", "
 
 def machine() -> dict[str, Any]:
     """The machine as far as timings depend on it."""
-    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "cpu": cpu[0] if cpu else platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(_kib("/proc/meminfo", "MemTotal") / 2**20, 1),
         "os": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {platform.release()}",

@@ -339,7 +339,7 @@ def test_running_norms_go_without_a_fine_tune(planted_set: PreparedDataset, tmp_
         tmp_path, f"model.hidden_norm={name}", f"model.embedding_norm={name}", "model.weight_standardization=true"
     )
     bundle = untrained(mine, planted_set, tmp_path / "start")
-    shape, weights = without_norms(mine.model, planted_set, Start(bundle).weights())
+    shape, weights = without_norms(mine.model, planted_set, Start(bundle).weights)
     assert (shape.hidden_norm.name, shape.embedding_norm.name) == ("affine", "affine")
     assert not shape.embedding_norm.parameters["centred"]
     model = build_model(shape, planted_set)

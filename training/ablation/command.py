@@ -1,7 +1,6 @@
 """`masknet ablate` from its options to its files."""
 
 import os
-import platform
 import re
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from training.ablation.report import render
 from training.ablation.results import Answer, answer, write_answer
 from training.ablation.study import Study, digest_of, open_study, remember, run_study, statistics
 from training.ablation.tracked import TrackedStudy
+from training.bench.machine import cpu_name
 from training.config import NAME, load_config
 from training.fit.starting import require_trainable
 from training.report import number
@@ -140,10 +140,8 @@ def _told(result: dict[str, Any]) -> str:
 
 
 def _device() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {name: version(name) for name in ("torch", "torchrec", "numpy", "polars")}
-    return {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "versions": versions}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "versions": versions}
 
 
 @contextmanager

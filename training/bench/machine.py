@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "quack-kernels")
 
 def facts() -> dict[str, Any]:
     """The processor and, if there is one, the GPU."""
-    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if hasattr(os, "sched_getaffinity"):
         found["cores"] = len(os.sched_getaffinity(0))
     if torch.cuda.is_available():
@@ -37,7 +37,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model, as Linux tells it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-_BAGS, _WEIGHT = "embedding_bags.", ".weight"
+from training.embeddings.sharding import table_of
 
 
 class _Shard(NamedTuple):
@@ -36,23 +36,18 @@ def renew_rows(
         optimizer: its optimizer, fused ones included.
         fresh: by TorchRec's name of a table, ascending rows [E] and their weights [E, d]; the same on every rank.
     """
-    states = {_table(name): state for name, state in optimizer.state_dict()["state"].items()}
+    states = {table_of(name): state for name, state in optimizer.state_dict()["state"].items()}
     # Taking the state dictionary has written what FBGEMM's caches of tables in host memory hold.
     for name, value in dmp.state_dict().items():
-        rows_E, weight_Ed = fresh.get(_table(name), (None, None))
+        rows_E, weight_Ed = fresh.get(table_of(name), (None, None))
         if rows_E is None or weight_Ed is None:
             continue
         shards = _local_shards(value)
         for shard in shards:
             _renew(shard, rows_E, weight_Ed)
-        for kept in states.get(_table(name), {}).values():
+        for kept in states.get(table_of(name), {}).values():
             _clear(kept, shards, rows_E)
     _drop_caches(dmp)
-
-
-def _table(name: str) -> str:
-    """TorchRec's name of the table whose weight is called `name`; "" for any other weight."""
-    return name.removesuffix(_WEIGHT).rpartition(_BAGS)[2] if _BAGS in name else ""
 
 
 def _local_shards(value: Any) -> list[_Shard]:

@@ -26,7 +26,7 @@ from training.embeddings.placement import Placement, placements
 from training.sections import SparseOptimizer
 
 FUSED_EPS = 1.0e-8  # beside a root of squares, in FBGEMM
-BAGS = "embedding_bags."  # in the name of every table's weight
+_BAGS = "embedding_bags."  # in the name of every table's weight
 _FUSED = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -148,12 +148,12 @@ def gather_tables(dmp: DistributedModelParallel, names: list[str]) -> dict[str, 
 
 def _placed_tables(dmp: DistributedModelParallel) -> dict[str, ShardedTensor | torch.Tensor]:
     """By TorchRec's name: shards, or a whole table that every rank has."""
-    suffix = ".weight"
-    return {
-        key.removesuffix(suffix).rpartition(BAGS)[2]: value
-        for key, value in dmp.state_dict().items()
-        if BAGS in key and key.endswith(suffix)
-    }
+    return {table_of(name): value for name, value in dmp.state_dict().items() if table_of(name)}
+
+
+def table_of(name: str) -> str:
+    """TorchRec's name of the table whose weight is called `name`; "" for any other weight."""
+    return name.removesuffix(".weight").rpartition(_BAGS)[2] if _BAGS in name else ""
 
 
 def unwrapped(dmp: DistributedModelParallel) -> nn.Module:

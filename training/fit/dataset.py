@@ -10,19 +10,20 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader, Share
-from masknet.model import Table, initial_rows, table_key
+from masknet.model import Table, initial_rows, split_weights
 from serving.bundle import tables_of
 from training.config import Config
 from training.distributed import World
 from training.embeddings.managed import ManagedIds
 from training.embeddings.plan import described, plan_text
-from training.embeddings.sharding import fill_tables, gather_tables, shard, unwrapped
+from training.embeddings.sharding import fill_tables, gather_tables, shard
 from training.fit.allocator import keep_freed_memory
 from training.fit.checkpoints import Checkpoints, plain_tensors, read_whole, verify
 from training.fit.days import fit_days
 from training.fit.epochs import fit_epochs
 from training.fit.identity import identity_of
-from training.fit.loop import Loop, Observer, Setting
+from training.fit.loop import Loop, Setting
+from training.fit.observer import Observer
 from training.fit.precision import set_precision
 from training.fit.starting import Start, Weights, prepare_model
 from training.fit.state import Position
@@ -106,7 +107,7 @@ def fit_data_of_days(
     with _loop(config, days, passes, world, going, start) as loop:
 
         def score(day: int) -> dict[str, float | None]:
-            weights = _gathered(loop, days[0])
+            weights = _gathered(loop)
             return evaluate(weights, day) if world.is_main else {}
 
         return _result(fit_days(loop, names, score), loop, days[0])
@@ -154,7 +155,7 @@ def _sharded(
     if world.is_main:
         plan = described(dmp.plan, tables, config, device, world.size)
         observer.planned(plan_text(plan), plan.notes)
-    given, dim = start.weights() if start is not None else None, config.model.embedding_dim
+    given, dim = start.weights if start is not None else None, config.model.embedding_dim
 
     def rows_of(table: Table) -> torch.Tensor:
         return given.tables[table.name] if given is not None else initial_rows(table, dim, train.seed)
@@ -188,12 +189,10 @@ def _result(position: Position, loop: Loop, dataset: PreparedDataset) -> FitResu
     return FitResult(position, _read_weights(best, dataset, loop.setting.managed) if is_main else None)
 
 
-def _gathered(loop: Loop, dataset: PreparedDataset) -> Weights:
+def _gathered(loop: Loop) -> Weights:
     """The weights as they are, whole on rank 0; every rank must call this."""
-    task = unwrapped(loop.dmp)
-    assert isinstance(task, ClickTask)  # which _loop has sharded
-    tables = gather_tables(loop.dmp, task.model.table_names)
-    return Weights(task.model.dense_state(), tables, loop.setting.managed.frozen())
+    tables = gather_tables(loop.dmp, loop.model.table_names)
+    return Weights(loop.model.dense_state(), tables, loop.setting.managed.frozen())
 
 
 def _read_weights(best: Path, dataset: PreparedDataset, managed: ManagedIds) -> Weights:
@@ -202,9 +201,7 @@ def _read_weights(best: Path, dataset: PreparedDataset, managed: ManagedIds) -> 
     saved = {name: plain_tensors(best, name) for name in ("model", "id_maps")}
     read_whole(best, {name: tensors for name, tensors in saved.items() if tensors})
     managed.load_state_dict(saved["id_maps"])
-    weights = {name.removeprefix("model."): weight for name, weight in saved["model"].items()}
     names = [table.name for table in tables_of(dataset.pipeline)]
-    keys = [f"embeddings.embedding_bags.{table_key(index)}.weight" for index in range(len(names))]
-    tables = {name: weights.pop(key).float() for name, key in zip(names, keys, strict=True)}
-    network = {name.removeprefix("network."): weight for name, weight in weights.items()}
-    return Weights(network, tables, managed.frozen())
+    state = {name.removeprefix("model."): weight for name, weight in saved["model"].items()}
+    network, tables = split_weights(state, len(names))
+    return Weights(network, {name: table.float() for name, table in zip(names, tables, strict=True)}, managed.frozen())

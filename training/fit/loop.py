@@ -1,11 +1,11 @@
 """The training loop: passes over data, in segments at whose ends nothing is in flight, with checkpoints on the way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -20,6 +20,7 @@ from training.embeddings.sharding import unwrapped
 from training.errors import Failure, Stopped
 from training.fit.checkpoints import Checkpoints, best_name, step_name
 from training.fit.guard import Guard, build_pipeline
+from training.fit.observer import Observer
 from training.fit.reporting import Reporter
 from training.fit.state import Position, Training
 from training.fit.stopwatch import Stopwatch
@@ -28,33 +29,6 @@ from training.optim.optimizers import build_optimizer
 from training.optim.schedule import Schedule
 
 MANAGED_UPDATES = 10  # times at least that new ids get rows
-
-
-class Observer(Protocol):
-    """Who wants to know how training goes; called on rank 0 only."""
-
-    def planned(self, text: str, notes: Sequence[str]) -> None:
-        """Where the tables are, as a table of text, and what a person should know of it."""
-
-    def pass_started(self, name: str, steps: int, done: int) -> None:
-        """A pass of `steps` steps begins, or goes on after `done` of them."""
-
-    def steps_done(
-        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
-    ) -> None:
-        """`step` steps are done in all; `losses` are the newest ones'; `numbers` are what else there is, by name."""
-
-    def epoch_done(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
-        """An epoch and its validation are done."""
-
-    def day_scored(self, name: str, index: int, step: int, metrics: dict[str, float | None]) -> None:
-        """A day was scored, before it is trained on."""
-
-    def noted(self, message: str) -> None:
-        """Something happened that a person should know and that does not end training."""
-
-    def checkpoint_follows(self) -> None:
-        """What was told so far is not told again by a training that goes on from the checkpoint to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +71,7 @@ class Loop:
         task = unwrapped(dmp)
         assert isinstance(task, ClickTask)  # what the caller was to give
         self.dmp, self.setting, self.position = dmp, setting, Position()
+        self.model = task.model
         self.network: Network = task.model.network
         self._train = config.train
         self._optimizer = build_optimizer(dmp, config, self.network)

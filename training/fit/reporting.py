@@ -2,24 +2,18 @@
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from features.metrics import auc
 from training.distributed import World, sum_over_ranks
+from training.fit.observer import Observer
 from training.fit.state import Position
 from training.fit.task import StepOutput
 
 REPORT_STEPS = 10
 AUC_WINDOW = 65_536  # rows of the running training AUC that the progress bar shows
-
-
-class _Listener(Protocol):
-    def steps_done(
-        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
-    ) -> None: ...
 
 
 class Reporter:
@@ -28,7 +22,7 @@ class Reporter:
     Args:
         position: told of losses, samples and seconds.
         world: this process.
-        listener: told of the steps, on rank 0.
+        observer: told of the steps, on rank 0.
         stop_asked: whether this process was asked to stop.
         numbers: what else is reported of the last so many steps, by name.
     """
@@ -37,15 +31,14 @@ class Reporter:
         self,
         position: Position,
         world: World,
-        listener: _Listener,
+        observer: Observer,
         stop_asked: Callable[[], bool],
         numbers: Callable[[int], dict[str, float]],
     ) -> None:
         self.stopping = False  # whether any rank was asked to; the same on all ranks after the same step
-        self._position, self._world, self._listener = position, world, listener
+        self._position, self._world, self._observer = position, world, observer
         self._stop_asked, self._numbers = stop_asked, numbers
-        self._pending: list[StepOutput] = []
-        self._counts: list[bool] = []
+        self._pending: list[tuple[StepOutput, bool]] = []  # and whether it counts, not being skipped
         self._logit_N, self._label_N = np.empty(0, np.float32), np.empty(0, np.float32)
         self._since = 0.0
 
@@ -55,8 +48,7 @@ class Reporter:
 
     def add(self, output: StepOutput, *, skipped: bool) -> None:
         """Take note of a step."""
-        self._pending.append(output)
-        self._counts.append(not skipped)
+        self._pending.append((output, not skipped))
         if len(self._pending) == REPORT_STEPS:
             self.flush()
 
@@ -64,15 +56,15 @@ class Reporter:
         """Report what is pending; every rank must call this after the same step."""
         if not self._pending:
             return
-        rows, asked = float(sum(len(output.label_B) for output in self._pending)), float(self._stop_asked())
-        losses = torch.stack([output.loss for output in self._pending]).double()
+        rows, asked = float(sum(len(output.label_B) for output, _ in self._pending)), float(self._stop_asked())
+        losses = torch.stack([output.loss for output, _ in self._pending]).double()
         exchanged = sum_over_ranks(torch.cat([losses, losses.new_tensor([rows, asked])])).tolist()
         means = [loss / self._world.size for loss in exchanged[:-2]]
         self.stopping = self.stopping or exchanged[-1] > 0
         now = time.perf_counter()
         self._count(means, int(exchanged[-2]), now - self._since)
         if self._world.is_main:
-            self._listener.steps_done(
+            self._observer.steps_done(
                 self._position.step,
                 means,
                 self._running_auc(),
@@ -82,11 +74,10 @@ class Reporter:
             )
         self._since = now
         self._pending.clear()
-        self._counts.clear()
 
     def _count(self, losses: list[float], rows: int, seconds: float) -> None:
         position = self._position
-        counted = [loss for loss, counts in zip(losses, self._counts, strict=True) if counts]
+        counted = [loss for loss, (_, counts) in zip(losses, self._pending, strict=True) if counts]
         position.loss_sum += sum(counted)
         position.loss_steps += len(counted)
         position.skipped += len(losses) - len(counted)
@@ -94,7 +85,7 @@ class Reporter:
         position.seconds += seconds
 
     def _running_auc(self) -> float | None:
-        kept = [output for output, counts in zip(self._pending, self._counts, strict=True) if counts]
+        kept = [output for output, counts in self._pending if counts]
         self._logit_N = self._newest(self._logit_N, [output.logit_B for output in kept])
         self._label_N = self._newest(self._label_N, [output.label_B for output in kept])
         return auc(self._label_N, self._logit_N) if len(self._label_N) else None

@@ -1,6 +1,7 @@
 """What training starts from: a fresh model or a given one, checked against configuration and data first."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pyarrow as pa
 import torch
@@ -34,6 +35,7 @@ class Start:
     bundle: Bundle
     remove_norms: bool = False
 
+    @cached_property
     def weights(self) -> Weights:
         """Its weights, the tables by name."""
         model = self.bundle.scorer.model
@@ -70,11 +72,11 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
             f"prepared data {dataset.path} was encoded by another pipeline than that of {name}, where training starts: "
             "prepare the raw rows with --pipeline MODEL"
         )
-    rate, theirs = dataset.schema.sampling_rate, start.bundle.manifest["sampling_rate"]
-    if rate != theirs:
+    rate, their_rate = dataset.schema.sampling_rate, start.bundle.manifest["sampling_rate"]
+    if rate != their_rate:
         raise InputError(
-            f"prepared data {dataset.path} keeps another share of negatives ({rate}) than that of {name} ({theirs}), "
-            "where training starts: its scores are corrected by that"
+            f"prepared data {dataset.path} keeps another share of negatives ({rate}) than that of {name} "
+            f"({their_rate}), where training starts: its scores are corrected by that"
         )
     theirs = start.bundle.config.model_dump()
     other = [key for key, value in config.model.model_dump().items() if key != "dropout" and theirs[key] != value]
@@ -96,7 +98,7 @@ def prepare_model(config: Config, dataset: PreparedDataset, start: Start | None)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, dataset, "meta")
     if start is not None:
-        model.load_dense(start.weights().network)
+        model.load_dense(start.weights.network)
         if start.remove_norms:
             _begin_removal(model, config.model)
     if config.train.train_only_affine:

@@ -16,7 +16,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from training.config import Config
-from training.embeddings.sharding import BAGS, FUSED_EPS
+from training.embeddings.sharding import FUSED_EPS, table_of
 from training.optim.projection import Projection
 from training.optim.scale import Scale
 from training.sections import DenseOptimizer, SparseOptimizer
@@ -33,7 +33,7 @@ def build_optimizer(dmp: DistributedModelParallel, config: Config, network: nn.M
         network: the network within, for optimizers that treat its layers differently.
     """
     trained = {name: p for name, p in in_backward_optimizer_filter(dmp.named_parameters()) if p.requires_grad}
-    tables = {name: p for name, p in trained.items() if BAGS in name}
+    tables = {name: p for name, p in trained.items() if table_of(name)}
     network_and_values = {name: p for name, p in trained.items() if name not in tables}
     parts = [(DENSE, _dense_part(network_and_values, config, network))]
     if tables:

@@ -20,6 +20,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from training.bench.machine import cpu_name
 from training.config import Config, without_password
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow", "polars", "mlflow")
@@ -40,14 +41,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor's model, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def git_revision(folder: Path) -> dict[str, str]:
     """Tags of the commit that `folder` has checked out, and whether files differ; none where there is no git."""
     try:
@@ -66,15 +59,15 @@ def run_name(config: Config, local_id: str) -> str:
     return f"{model.kind}-{model.blocks}x{model.block_width}-{norms}-{local_id[-4:]}"
 
 
-def run_tags(config: Config, data: dict[str, Any], rows: dict[str, int]) -> dict[str, str]:
+def run_tags(config: Config, data: dict[str, Any], rows: dict[str, int], found: dict[str, Any]) -> dict[str, str]:
     """Who trained what, where and from which revision; MLflow's own names where it has one.
 
     Args:
         config: what is trained.
         data: the prepared data set's manifest, and its "path".
         rows: of each split.
+        found: `environment`'s.
     """
-    found = environment()
     where = ", ".join(found["gpus"]) or f"{found['cpu']}, threads: {found['threads']}"
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     rates = f"{config.optimizer.dense.name} {config.optimizer.dense.lr:g}"

@@ -98,9 +98,10 @@ def _record_start(run: Run, config: Config, data: dict[str, Any]) -> None:
     run.dataset(data["schema"]["name"], Path(data["path"]), data["pipeline_digest"], splits)
     run.text(_json(data), "data.json")
     run.text(_json(profile), "profile.json")
-    run.tags(run_tags(config, data, splits))
+    found = environment()
+    run.tags(run_tags(config, data, splits, found))
     run.text(yaml.safe_dump(settings, sort_keys=False), "config.yaml")
-    run.text(_json(environment()), "environment.json")
+    run.text(_json(found), "environment.json")
 
 
 def _json(value: Any) -> str:
