@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
+
+from training.fit.checkpoints import plain_tensors, read_whole
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20
@@ -130,6 +133,16 @@ def test_two_processes_checkpoint_is_gone_on_with_by_another_number(data: Path, 
     # sums over rows in another order: relative differences of 1e-7 a step, some dozens of steps
     assert told["metrics"]["test"]["logloss"] == pytest.approx(expected["metrics"]["test"]["logloss"], rel=1e-5)
     assert told["steps"] == expected["steps"]
+
+
+def test_processes_draw_dropout_apart_whatever_the_plan(data: Path, tmp_path: Path) -> None:
+    words = [word for key in ("sharding.type=data_parallel", "train.epochs=1") for word in ("--set", key)]
+    assert finish(start(tmp_path, data, tmp_path / "out", "--nproc", "2", *words), tmp_path) == 0
+    newest = max((tmp_path / "out" / "checkpoints").glob("step-*"))
+    random = plain_tensors(newest, "random")
+    read_whole(newest, {"random": random})
+    assert len(random["states"]) == 2
+    assert not torch.equal(*random["states"])
 
 
 def test_two_processes_with_running_statistics_end_together_when_the_loss_explodes(data: Path, tmp_path: Path) -> None:

@@ -138,21 +138,27 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+class Filling(Listener):
+    """The disk is full from step 6 until a later one."""
+
+    def __init__(self, stack: ExitStack, until: int) -> None:
+        super().__init__()
+        self._stack, self._until = stack, until
+
+    def steps_done(
+        self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+    ) -> None:
+        if self.step < 6 <= step:
+            self._stack.enter_context(full_disk())
+        if step >= self._until:
+            self._stack.close()
+        super().steps_done(step, losses, auc, samples_per_second, **numbers)
+
+
 def test_a_full_disk_ends_checkpoints_and_not_training(dataset: PreparedDataset, tmp_path: Path) -> None:
-    class Filling(Listener):
-        """The disk is full from step 6 until the last epoch is nearly over."""
-
-        def steps_done(
-            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
-        ) -> None:
-            if self.step < 6 <= step:
-                stack.enter_context(full_disk())
-            if step >= 28:
-                stack.close()
-
     whole = run(small(), dataset, tmp_path / "whole", Listener())
     with ExitStack() as stack:
-        listener = Filling()
+        listener = Filling(stack, until=28)  # the last epoch is nearly over
         same_bits(whole, run(small(), dataset, tmp_path / "full", listener))
     assert all("could not be written" in told for told in listener.told)
     assert {"step-000000000008", "best-000000"} <= {Path(told.split()[0]).name for told in listener.told}
@@ -189,17 +195,8 @@ def test_a_later_best_epoch_takes_the_place_of_one_that_could_not_be_written(
     values = iter([0.6, 0.5, 0.7])
     monkeypatch.setattr(epochs, "validate", lambda *_: {"logloss": next(values), "auc": 0.5})
 
-    class Filling(Listener):
-        def steps_done(
-            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
-        ) -> None:
-            if self.step < 6 <= step:
-                stack.enter_context(full_disk())
-            if step >= 24:
-                stack.close()
-
     with ExitStack() as stack:
-        fitted = run(small(), dataset, tmp_path, Filling())
+        fitted = run(small(), dataset, tmp_path, Filling(stack, until=24))
     assert fitted.position.best_epoch == 1
     assert fitted.weights is not None
     assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-000001"]

@@ -1,6 +1,7 @@
 """Training over days: every day is scored by the model of the days before, and trained on once."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from features.splits import SplitRule
 from serving.bundle import Bundle, load_bundle
 from training.config import Config, load_config
 from training.distributed import join_world
+from training.embeddings.managed import ManagedIds
 from training.errors import Stopped
 from training.fit.dataset import Going, fit_data_of_days
 from training.fit.days import open_data
@@ -190,13 +192,47 @@ def test_a_day_of_few_steps_gives_new_ids_rows(home: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     fields = [{"name": "a", "type": "categorical"}]
     fields += [{"name": "b", "type": "categorical", "encoder": "managed", "buckets": 20}]
+    updates: list[int] = []
+    honest = ManagedIds.update
+
+    def update(managed: ManagedIds, *arguments: Any) -> None:
+        updates.append(1)
+        honest(managed, *arguments)
+
+    monkeypatch.setattr(ManagedIds, "update", update)
     managed = Schema.model_validate({"name": "days", "label": {"column": "click"}, "fields": fields})
     prepare(managed, {"train": [str(home / "1.parquet")]}, tmp_path / "day")
     result = train(small(tmp_path, "train.managed_steps=100"), tmp_path / "day", tmp_path / "out", QUIET)
     assert result is not None
     assert result["steps"] == 15
+    assert len(updates) == 14  # rows that change hands after the last step would stay as they were drawn
     id_map = load_bundle(Path(result["bundle"])).scorer.id_maps["b"]
     hash_N = np.unique(PreparedDataset.open(tmp_path / "day").split("train")["b"].to_numpy())
     assert len(hash_N) == 8
     assert sorted(id_map.rows(hash_N)) == sorted(set(id_map.rows(hash_N)))  # a row of its own for each
     assert id_map.rows(hash_N).min() > UNKNOWN
+
+
+def test_plateau_goes_by_the_days_log_loss(home: Path, first: Bundle, tmp_path: Path) -> None:
+    class Rates(Silent):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def steps_done(
+            self, step: int, losses: list[float], auc: float | None, samples_per_second: float, **numbers: float
+        ) -> None:
+            self.seen.append(numbers["learning_rate"])
+
+    listener, losses = Rates(), [0.5, 0.4, 0.6]  # the third day is worse
+    going = Going(checkpoints=tmp_path / "checkpoints", failed=tmp_path / "failed", observer=listener)
+    config = small(tmp_path, "schedule={name: plateau, factor: 0.5}", "train.batch_size=500")  # three steps a day
+    with join_world() as world:
+        fit_data_of_days(
+            config,
+            open_data([home / "days"]),
+            world,
+            going,
+            Start(first),
+            lambda _, number: {"logloss": losses[number]},
+        )
+    assert listener.seen == pytest.approx([0.01, 0.01, 0.005])

@@ -1,6 +1,5 @@
 """Tracking against a real `mlflow server` on loopback, which answers, is killed, was never there, or lets one wait."""
 
-import os
 import socket
 import threading
 import time
@@ -20,7 +19,7 @@ from training.tracking import opening as tracking
 from training.tracking import run as run_module
 from training.tracking.opening import open_run
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("own_store")]
 
 
 class Gate:
@@ -66,16 +65,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.start()
     yield server
     server.kill()
-
-
-@pytest.fixture(autouse=True)
-def _store() -> Iterator[None]:
-    """Other tests find their own store."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    yield
-    mlflow.set_tracking_uri(None)
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @pytest.fixture
