@@ -105,7 +105,6 @@ def test_a_skipped_batch_is_no_step_by_momentum_either(
     dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step in an epoch: after the second, which is skipped, the weights are those of the first."""
-    one = run(small("train.batch_size=100000", "train.on_nan=skip"), dataset, tmp_path / "one").weights
     seen: list[dict[str, torch.Tensor]] = []
     honest = epochs.validate
 
@@ -120,13 +119,17 @@ def test_a_skipped_batch_is_no_step_by_momentum_either(
         steps.append(1)
         step(optimizer, closure)
 
-    monkeypatch.setattr(epochs, "validate", looking)
     monkeypatch.setattr(CombinedOptimizer, "step", counted)
+    one = run(small("train.batch_size=100000", "train.on_nan=skip"), dataset, tmp_path / "one").weights
+    of_one_step = len(steps)  # the optimizer's own, and those of what it is made of
+    monkeypatch.setattr(epochs, "validate", looking)
     poison(monkeypatch, float("nan"), 2)
     run(small("train.batch_size=100000", "train.on_nan=skip", "train.epochs=2"), dataset, tmp_path / "two")
     assert one is not None
     assert len(seen) == 2
-    assert len(steps) == 1  # TorchRec gives an optimizer no gradients then, with which most move nothing
+    assert (
+        len(steps) == 2 * of_one_step > 0
+    )  # TorchRec gives an optimizer no gradients then, with which most move nothing
     for name, weight in one.network.items():
         assert torch.equal(seen[0][f"model.network.{name}"], weight)
         assert torch.equal(seen[1][f"model.network.{name}"], weight)
