@@ -7,7 +7,7 @@ LOCK   := requirements/cpu.txt
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
           --custom-compile-command "make lock"
 
-.PHONY: help demo test test-long check serve lock clean setup
+.PHONY: help demo test test-long check serve lock clean setup browser
 
 help:
 	@echo "make demo       set up, then the whole way on MovieLens-100k: prepare, train, evaluate, promote, serve"
@@ -27,7 +27,7 @@ serve: setup
 test: setup
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup
+test-long: setup browser
 	$(BIN)/python -m pytest -m long
 
 check: setup
@@ -46,6 +46,12 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# Reports are tested in Debian's Chromium; without it those tests are skipped, and say why.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	  || echo "chromium is missing and cannot be installed here: tests of reports in a browser are skipped" >&2
 
 lock:
 	$(PYTHON) -m venv .venv

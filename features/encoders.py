@@ -156,6 +156,7 @@ class LogBucket(_Buckets):
 
     kind: ClassVar[str] = "log_bucket"
     _LOWEST, _SMALL = -3, 6  # −3, −2, −1, 0, 1, 2
+    ABOVE_TWO: ClassVar[int] = FIRST + 6  # what is between 2 and e, both excluded: no whole number
 
     def encode(self, values: pa.Array) -> Ids:
         """Ids of doubles."""
@@ -164,6 +165,11 @@ class LogBucket(_Buckets):
         large = self._SMALL + np.floor(np.log(np.maximum(numbers, 2.0)) ** 2)
         bucket = np.minimum(np.where(numbers > 2, large, small), self.buckets - 1).astype(np.int64)
         return np.where(missing_N, MISSING, FIRST + bucket)
+
+    def start(self, id_: int) -> float:
+        """The least number with an id other than the first; of `ABOVE_TWO`, 2, which it excludes."""
+        place = id_ - FIRST
+        return float(place + self._LOWEST if place < self._SMALL else max(2.0, np.exp(np.sqrt(place - self._SMALL))))
 
 
 class DatePart(_Buckets):

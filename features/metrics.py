@@ -1,20 +1,40 @@
-"""Statistics of scored rows. Labels are 0 or 1, scores probabilities; None where a metric is not defined."""
+"""Statistics of scored rows. Labels are 0 or 1, scores probabilities; None where a metric is not defined.
+
+Each metric that scikit-learn has agrees with it to 1e-9. Labels and scores that are neither are a ValueError that names
+the first such row. Scores stay as they are, fp32 or fp64, and are summed as fp64, a million rows at a time.
+
+Legend: N rows, K bins.
+"""
 
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
-from sklearn.metrics import average_precision_score, roc_auc_score
 
-FloatN = npt.NDArray[np.floating]
-_CLIP = float(np.finfo(np.float64).eps)  # as scikit-learn: a probability of exactly 0 or 1 would be infinitely wrong
+from features.metrics_curves import CHUNK, EXACT_ROWS, Area, Counts, count_scores, precision_recall_area, roc_area
+from features.metrics_groups import TOP, Rankings, codes_of, rank_groups
+from features.metrics_input import BoolN, FloatN, clicks_of, require_numbers, require_probabilities, require_rows
+
 ECE_BINS = 20
 
 
 def auc(label_N: FloatN, score_N: FloatN) -> float | None:
-    """Area under the ROC curve; None unless both classes occur."""
-    return float(roc_auc_score(label_N, score_N)) if _both_classes(label_N) else None
+    """Area under the ROC curve of any finite numbers; None unless both classes occur."""
+    return areas(label_N, score_N)[0].value
+
+
+def pr_auc(label_N: FloatN, score_N: FloatN) -> float | None:
+    """Average precision (the step-wise area under the precision-recall curve); None unless both classes occur."""
+    return areas(label_N, score_N)[1].value
+
+
+def areas(label_N: FloatN, score_N: FloatN, exact_rows: int = EXACT_ROWS) -> tuple[Area, Area]:
+    """`auc` and `pr_auc` from one sort; above `exact_rows` from bins, with how far the exact areas can be from that."""
+    click_N = clicks_of(label_N, score_N)
+    require_numbers(score_N)
+    counts = count_scores(click_N, score_N, exact_rows)
+    return roc_area(counts), precision_recall_area(counts)
 
 
 def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
@@ -24,49 +44,76 @@ def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
     return math.sqrt((auc * (1 - auc) + spread) / (positives * negatives))
 
 
-def pr_auc(label_N: FloatN, score_N: FloatN) -> float | None:
-    """Average precision (the step-wise area under the precision-recall curve); None unless both classes occur."""
-    return float(average_precision_score(label_N, score_N)) if _both_classes(label_N) else None
-
-
 def logloss(label_N: FloatN, score_N: FloatN, weight_N: FloatN | None = None) -> float:
-    """Mean negative log-likelihood, in nats."""
-    score = np.clip(score_N.astype(np.float64), _CLIP, 1 - _CLIP)
-    loss_N = -np.where(label_N > 0, np.log(score), np.log1p(-score))
-    return float(np.average(loss_N, weights=weight_N))
+    """Mean negative log-likelihood, in nats; ValueError without rows."""
+    return _mean(log_losses, label_N, score_N, weight_N)
+
+
+def log_losses(click_N: BoolN, score_N: FloatN) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood of each row, in nats.
+
+    As scikit-learn: a score is kept away from 0 and 1 by its own precision, since it would be infinitely wrong there.
+    """
+    nearest = float(np.finfo(score_N.dtype).eps)
+    score = np.clip(score_N.astype(np.float64), nearest, 1 - nearest)
+    return -np.log(np.where(click_N, score, 1 - score))
 
 
 def normalized_entropy(label_N: FloatN, score_N: FloatN) -> float | None:
     """Log loss over that of always predicting the base rate (He et al., 2014): below 1 is better than that."""
-    rate = float(np.mean(label_N))
-    if rate in (0.0, 1.0):
+    clicks = int(clicks_of(label_N, score_N).sum())
+    if clicks in (0, len(label_N)):
         return None
-    return logloss(label_N, score_N) / logloss(label_N, np.full(len(label_N), rate))
+    rate = clicks / len(label_N)
+    return logloss(label_N, score_N) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
+def relative_information_gain(label_N: FloatN, score_N: FloatN) -> float | None:
+    """Share of the base rate's log loss that the scores take away, 1 − normalized entropy (Yi et al., 2013)."""
+    entropy = normalized_entropy(label_N, score_N)
+    return None if entropy is None else 1 - entropy
 
 
 def brier(label_N: FloatN, score_N: FloatN) -> float:
-    """Mean squared difference between score and label."""
-    return float(np.mean((score_N.astype(np.float64) - label_N) ** 2))
+    """Mean squared difference between score and label; ValueError without rows."""
+    return _mean(squared_errors, label_N, score_N)
+
+
+def squared_errors(click_N: BoolN, score_N: FloatN) -> npt.NDArray[np.float64]:
+    """Squared difference between score and label of each row."""
+    return (score_N.astype(np.float64) - click_N) ** 2
 
 
 def calibration(label_N: FloatN, score_N: FloatN) -> float | None:
     """Predicted clicks over observed clicks; None without a click."""
-    clicks = float(np.sum(label_N))
+    clicks = int(clicks_of(label_N, score_N).sum())
+    require_probabilities(score_N)
     return float(np.sum(score_N, dtype=np.float64)) / clicks if clicks else None
 
 
 def reliability(
     label_N: FloatN, score_N: FloatN, bins: int = ECE_BINS
 ) -> tuple[FloatN, FloatN, npt.NDArray[np.integer]]:
-    """Mean score, mean label and rows of each bin; bins hold equally many rows, and equal scores share one."""
-    score = score_N.astype(np.float64)
-    edges = np.unique(np.quantile(score, np.arange(1, bins) / bins, method="lower"))
-    bin_N = np.searchsorted(edges, score, side="right")
-    rows = np.bincount(bin_N, minlength=len(edges) + 1)
-    used = rows > 0
-    mean_score = np.bincount(bin_N, score, len(edges) + 1)[used] / rows[used]
-    mean_label = np.bincount(bin_N, label_N.astype(np.float64), len(edges) + 1)[used] / rows[used]
-    return mean_score, mean_label, rows[used]
+    """Mean score, mean label and rows of each bin; bins hold equally many rows, and equal scores share one.
+
+    ValueError without rows.
+    """
+    click_N = clicks_of(label_N, score_N)
+    require_rows(score_N)
+    require_probabilities(score_N)
+    edges = reliability_edges(score_N, bins)
+    sums = np.zeros((3, len(edges) + 1))
+    for chunk in _chunks(len(score_N)):
+        bin_N = np.searchsorted(edges, score_N[chunk], side="right")
+        for total, weight_N in zip(sums, (score_N[chunk], click_N[chunk], None), strict=True):
+            total += np.bincount(bin_N, weight_N, len(edges) + 1)
+    score_K, label_K, rows_K = sums[:, sums[2] > 0]
+    return score_K / rows_K, label_K / rows_K, rows_K.astype(np.int64)
+
+
+def reliability_edges(score_N: FloatN, bins: int = ECE_BINS) -> FloatN:
+    """The scores at which `reliability`'s bins begin, but the first."""
+    return np.unique(np.quantile(score_N, np.arange(1, bins) / bins, method="lower"))
 
 
 def expected_calibration_error(label_N: FloatN, score_N: FloatN) -> float:
@@ -80,38 +127,58 @@ def grouped_auc(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike) -> flo
 
     Rows without a group (None) are left out too.
     """
-    frame = pl.DataFrame({"label": label_N.astype(np.float64), "score": score_N, "group": group_N}).drop_nulls("group")
-    ranks = pl.col("score").rank("average").over("group")
-    positives, rows = pl.col("label").sum(), pl.len()
-    groups = (
-        frame.with_columns(rank=ranks)
-        .group_by("group")
-        .agg(rows=rows, positives=positives, ranks=(pl.col("rank") * pl.col("label")).sum())
-        .with_columns(negatives=pl.col("rows") - pl.col("positives"))
-        .filter((pl.col("positives") > 0) & (pl.col("negatives") > 0))
-    )
-    if groups.is_empty():
-        return None
-    wins = groups["ranks"] - groups["positives"] * (groups["positives"] + 1) / 2
-    return float(np.average(wins / (groups["positives"] * groups["negatives"]), weights=groups["rows"]))
+    return rankings(label_N, score_N, group_N).means()["gauc"]
+
+
+def rankings(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike, top: int = TOP) -> Rankings:
+    """AUC, NDCG, reciprocal rank and recall of each group, groups in the order of their first rows."""
+    click_N = clicks_of(label_N, score_N)
+    require_numbers(score_N)
+    return rank_groups(click_N, score_N, *codes_of(group_N), top)
 
 
 def score_metrics(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None = None) -> dict[str, float | None]:
-    """All of the above by the names that results, reports and the registry use."""
+    """All of the above by the names that results, reports and the registry use; ValueError without rows.
+
+    NDCG, reciprocal rank and recall are means over the groups with a click; "coverage" is the share of rows in groups
+    with both classes, those of which grouped AUC speaks.
+    """
+    require_rows(score_N)
+    roc, precision_recall = areas(label_N, score_N)
+    entropy = normalized_entropy(label_N, score_N)
+    grouped = None if group_N is None else rankings(label_N, score_N, group_N)
+    found = {} if grouped is None else grouped.means()
     return {
-        "auc": auc(label_N, score_N),
-        "pr_auc": pr_auc(label_N, score_N),
+        "auc": roc.value,
+        "pr_auc": precision_recall.value,
         "logloss": logloss(label_N, score_N),
-        "ne": normalized_entropy(label_N, score_N),
+        "ne": entropy,
         "brier": brier(label_N, score_N),
         "calibration": calibration(label_N, score_N),
         "ece": expected_calibration_error(label_N, score_N),
-        "gauc": None if group_N is None else grouped_auc(label_N, score_N, group_N),
+        "gauc": found.get("gauc"),
+        "rig": None if entropy is None else 1 - entropy,
+        **{name: found.get(name) for name in (f"ndcg@{TOP}", "mrr", f"recall@{TOP}")},
+        "coverage": None if grouped is None else float(grouped.rows_G[grouped.has_both_G].sum()) / len(score_N),
     }
 
 
-def _both_classes(label_N: FloatN) -> bool:
-    return bool(len(label_N)) and bool(label_N.min() != label_N.max())
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, rows, CHUNK))
+
+
+def _mean(
+    per_row: Callable[[BoolN, FloatN], FloatN], label_N: FloatN, score_N: FloatN, weight_N: FloatN | None = None
+) -> float:
+    click_N = clicks_of(label_N, score_N)
+    require_rows(score_N)
+    require_probabilities(score_N)
+    total = weight = 0.0
+    for chunk in _chunks(len(score_N)):
+        value_N = per_row(click_N[chunk], score_N[chunk])
+        total += float(value_N.sum() if weight_N is None else value_N @ weight_N[chunk])
+        weight += len(value_N) if weight_N is None else float(weight_N[chunk].sum(dtype=np.float64))
+    return total / weight
 
 
 def binned_auc(
@@ -120,13 +187,8 @@ def binned_auc(
     """AUC of rows that are given as counts by bin, rows of a bin having its score; None unless both classes occur."""
     order = np.argsort(score_K, kind="stable")
     first = np.unique(score_K[order], return_index=True)[1]
-    negatives = np.add.reduceat(negatives_K[order].astype(np.float64), first)
-    positives = np.add.reduceat(positives_K[order].astype(np.float64), first)
-    pairs = negatives.sum() * positives.sum()
-    if not pairs:
-        return None
-    below = np.cumsum(negatives) - negatives
-    return float(((below + negatives / 2) * positives).sum() / pairs)
+    positives, negatives = (np.add.reduceat(count_K[order], first) for count_K in (positives_K, negatives_K))
+    return roc_area(Counts(positives, negatives)).value
 
 
 def psi(expected_K: npt.NDArray[np.integer], found_K: npt.NDArray[np.integer]) -> float:

@@ -30,7 +30,7 @@ from features.stages import Divided, Job, Scanned, count, encode, pipeline_of, s
 from features.stats import Edges, Stats
 from features.units import plan_units
 
-_EDGES = np.arange(1, 20) / 20  # of the bins in which value fields are profiled
+EDGES = np.arange(1, 20) / 20  # of the bins in which value fields are profiled
 Progress = Callable[[str, int, int], None]
 
 
@@ -228,7 +228,7 @@ def _edges(pipeline: FeaturePipeline, counts: Counts) -> Edges:
     edges: dict[str, npt.NDArray[np.float64]] = {}
     for field in pipeline.fields:
         if isinstance(field.encoder, Scale):
-            encoded = field.encoder.encode(pa.array(counts.quantiles(field.name, _EDGES), pa.float64()))
+            encoded = field.encoder.encode(pa.array(counts.quantiles(field.name, EDGES), pa.float64()))
             edges[field.name] = np.unique(encoded.to_numpy().astype(np.float64))
     return edges
 

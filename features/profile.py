@@ -32,7 +32,7 @@ def profile(pipeline: FeaturePipeline, stats: Stats, edges: dict[str, npt.NDArra
             "type": field.spec.type,
             "encoder": field.encoder.kind if not isinstance(field.encoder, Scale) else field.encoder.rule,
             "ids": None if isinstance(field.encoder, Scale) else field.encoder.num_ids,
-            "psi": _psi(found),
+            "psi": drift(found.count_LSK[:, 0].sum(0), found.count_LSK[:, 2].sum(0)),
             "auc": _auc_alone(found),
             **{name: _field(field, found, SPLITS.index(name)) for name in splits},
         }
@@ -92,9 +92,11 @@ def _top(field: FittedField, stats: FieldStats, number: int, count_K: npt.NDArra
     return [[names(int(place) - FIRST), int(known_K[place])] for place in best if known_K[place]]
 
 
-def _psi(stats: FieldStats) -> float | None:
-    """Drift from train to test over the most frequent values in train, missing, never seen, and all others."""
-    train_K, test_K = stats.count_LSK[:, 0].sum(0), stats.count_LSK[:, 2].sum(0)
+def drift(train_K: npt.NDArray[np.int64], test_K: npt.NDArray[np.int64]) -> float | None:
+    """PSI from train to test over the most frequent values in train, missing, never seen, and all others.
+
+    Of counts by the bins of `features.stats`; None where either has no rows.
+    """
     if not train_K.sum() or not test_K.sum():
         return None
     order = np.argsort(-train_K[FIRST:], kind="stable") + FIRST

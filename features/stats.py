@@ -50,7 +50,7 @@ class Stats:
     """Of all rows and fields."""
 
     def __init__(self, pipeline: FeaturePipeline, edges: Edges) -> None:
-        self.fields = {field.name: FieldStats(_num_bins(field, edges)) for field in pipeline.fields}
+        self.fields = {field.name: FieldStats(num_bins(field, edges)) for field in pipeline.fields}
         self.rows_LS = np.zeros((2, len(SPLITS)), np.int64)
         self.time_range = np.tile([np.inf, -np.inf], (len(SPLITS), 1))
         self.rows = RepeatSketch()
@@ -113,7 +113,7 @@ class Stats:
         if pa.types.is_list(column.type):
             lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
             column, split_N, label_N = pc.list_flatten(column), np.repeat(split_N, lengths), np.repeat(label_N, lengths)
-        bin_N, code_N = _bins(field, column, edges)
+        bin_N, code_N = bins_of(field, column, edges)
         stats = self.fields[field.name]
         flat_N = bin_N + stats.count_LSK.shape[-1] * (split_N.astype(np.int64) + len(SPLITS) * label_N)
         stats.count_LSK += np.bincount(flat_N, minlength=stats.count_LSK.size).reshape(stats.count_LSK.shape)
@@ -127,14 +127,15 @@ class Stats:
         return np.add.reduceat(item_hash_N, np.cumsum(lengths) - lengths) if len(lengths) else item_hash_N[:0]
 
 
-def _num_bins(field: FittedField, edges: Edges) -> int:
+def num_bins(field: FittedField, edges: Edges) -> int:
+    """K of a field; `edges` are where the bins of value fields begin."""
     if isinstance(field.encoder, Scale):
         return FIRST + len(edges.get(field.name, ())) + 1
     return BINS if field.is_managed else min(field.encoder.num_ids, BINS)
 
 
-def _bins(field: FittedField, column: pa.Array, edges: Edges) -> tuple[npt.NDArray[np.int64], HashN]:
-    """The bin of each id or value, and a number that tells ids or values apart."""
+def bins_of(field: FittedField, column: pa.Array, edges: Edges) -> tuple[npt.NDArray[np.int64], HashN]:
+    """The bin of each id or value, lists flattened, and a number that tells ids or values apart."""
     if isinstance(field.encoder, Scale):
         values_N = pc.fill_null(column, np.nan).to_numpy(zero_copy_only=False)
         bin_N = FIRST + np.searchsorted(edges.get(field.name, np.empty(0)), values_N.astype(np.float64), side="right")

@@ -97,6 +97,20 @@ class MaskNetConfig(BaseModel):
         default="parallel", description="blocks side by side under an MLP, stacked, or stacked with residuals"
     )
     embedding_dim: int = Field(default=16, ge=1, description="width d of every field's embedding")
+    embedding_init: float = Field(
+        default=0.01,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation that embeddings start with; LN_EMB leaves less than 1 of it where its square "
+        "is not large beside eps",
+    )
+    embedding_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of a row's fields whose whole embedding is 0 in a training step, for masks and LN_EMB; the "
+        "others are scaled up",
+    )
     blocks: int = Field(default=3, ge=1, description="number K of MaskBlocks")
     block_width: int = Field(default=400, ge=1, description="output width h of every MaskBlock")
     reduction_ratio: float = Field(

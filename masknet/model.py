@@ -67,7 +67,7 @@ class MaskNet(nn.Module):
         )
         raw = [i for i, field in enumerate(fields) if isinstance(field, ValueField) and not field.normalize]
         self.network = build_network(config, len(fields), tuple(raw))
-        self.values = ValueEmbedding([field.name for field in values], config.embedding_dim) if values else None
+        self.values = _value_embedding(values, config)
 
     def forward(self, ids: KeyedJaggedTensor, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> torch.Tensor:
         """Logits [B] in fp32.
@@ -146,11 +146,17 @@ def _bag_config(index: int, table: Table, config: MaskNetConfig) -> EmbeddingBag
     )
 
 
-def initial_rows(table: Table, dim: int, seed: int) -> torch.Tensor:
-    """A table's initial weights [rows, dim], N(0, 0.01²), by its name, shape and the seed, whatever its sharding.
+def _value_embedding(fields: list[ValueField], config: MaskNetConfig) -> ValueEmbedding | None:
+    names = [field.name for field in fields]
+    return ValueEmbedding(names, config.embedding_dim, config.embedding_init) if names else None
 
-    The scale matters beside eps: LN_EMB brings rows of standard deviation s to s / √(s² + eps), with eps 1e-5 to 0.95.
+
+def initial_rows(table: Table, dim: int, seed: int, std: float = INIT_STD) -> torch.Tensor:
+    """A table's initial weights [rows, dim], N(0, std²), by its name, shape and the seed, whatever its sharding.
+
+    The scale matters beside eps: LN_EMB brings rows of standard deviation s to s / √(s² + eps), with s = 0.01 and eps
+    1e-5 to 0.95.
     """
     digest = hashlib.sha256(f"{seed}/{table.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # seeds have 63 bits
-    return torch.empty(table.rows, dim).normal_(0.0, INIT_STD, generator=generator)
+    return torch.empty(table.rows, dim).normal_(0.0, std, generator=generator)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-INIT_STD = 0.01  # of everything that stands for a field: of the rows of the tables too
+INIT_STD = 0.01  # of everything that stands for a field, unless another is given: of the rows of the tables too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,16 @@ class ValueField:
 class ValueEmbedding(nn.Module):
     """x · v + b + missing · u for each of V fields, with v, b and u [d] of the field's own; a missing x is 0.
 
-    All three start as the rows of a table do. b does not start at 0, so that the direction of an embedding depends on
-    the size of x and not on its sign alone, which is all that a normalization would leave.
+    All three start as the rows of a table do, from N(0, std²). b does not start at 0, so that the direction of an
+    embedding depends on the size of x and not on its sign alone, which is all that a normalization would leave.
     """
 
-    def __init__(self, names: list[str], dim: int) -> None:
+    def __init__(self, names: list[str], dim: int, std: float = INIT_STD) -> None:
         super().__init__()
         self.names, self.dim = names, dim
-        self.scale = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, INIT_STD))
-        self.bias = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, INIT_STD))
-        self.missing = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, INIT_STD))
+        self.scale = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, std))
+        self.bias = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, std))
+        self.missing = nn.Parameter(torch.empty(len(names), dim).normal_(0.0, std))
 
     def forward(self, values_BV: torch.Tensor, missing_BV: torch.Tensor) -> KeyedTensor:
         """Embeddings [B, V · d] by field, from values (0 where missing) and 1 where a value is missing, else 0."""

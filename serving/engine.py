@@ -12,12 +12,12 @@ from features.columns import Rows, as_table
 from features.errors import InputError
 from features.schema import Schema
 from serving.bundle import Bundle
-from serving.scorer import ScoreN
+from serving.calibration import ScoreN
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate's place in the request, and its score."""
+    """A candidate's place in the request, and its score, calibrated."""
 
     index: int
     score: float
@@ -46,7 +46,7 @@ class RankingEngine:
     def rank(
         self, context: Mapping[str, Any], candidates: Rows, top_k: int, time: datetime | None = None
     ) -> list[Ranked]:
-        """The best `top_k` candidates, best first, equal scores in the order of the request.
+        """The best `top_k` candidates by their uncalibrated scores, best first, equal ones in the order of the request.
 
         Args:
             context: one value per field that all candidates share.
@@ -67,9 +67,11 @@ class RankingEngine:
         for name in self.schema.date_columns:
             if name not in table.column_names:
                 table = table.append_column(name, _repeat(time or datetime.now(UTC), table.num_rows))
-        score_N = self.predict(table)
-        best = np.argsort(-score_N, kind="stable")[:top_k]
-        return [Ranked(int(index), float(score_N[index])) for index in best]
+        scorer = self.bundle.scorer
+        order_by_N = scorer.uncalibrated(scorer.pipeline.encode(table))
+        best = np.argsort(-order_by_N, kind="stable")[:top_k]
+        score_K = scorer.calibration.apply(order_by_N[best])
+        return [Ranked(int(index), float(score)) for index, score in zip(best, score_K, strict=True)]
 
 
 def _repeat(value: Any, times: int) -> pa.Array:

@@ -1,4 +1,8 @@
-"""Golden rows: synthetic rows whose scores a bundle must reproduce wherever it is loaded."""
+"""Golden rows: synthetic rows whose scores a bundle must reproduce wherever it is loaded.
+
+Both steps to a score are held apart, since a steep calibration would make much of another CPU's rounding: the rows'
+uncalibrated scores, and what the calibration makes of those on record.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -12,7 +16,8 @@ from features.encoders import Identity, LogBucket, Quantile, Scale, Vocabulary
 from features.errors import InputError
 from features.fields import DateField, ListField, NumericField
 from features.pipeline import FittedField
-from serving.scorer import ScoreN, Scorer
+from serving.calibration import ScoreN
+from serving.scorer import Scorer
 from serving.times import from_seconds
 
 GOLDEN_FILE = "golden.json"
@@ -39,15 +44,23 @@ def make_golden(scorer: Scorer, seed: int = 0) -> dict[str, Any]:
         elif date.from_ not in columns:
             columns[date.from_] = [None, *random.uniform(_SINCE, _UNTIL, ROWS - 1).round().tolist()]
     golden = {"rows": columns, "ids": {name: _known_ids(scorer, name, random) for name in scorer.pipeline.managed}}
-    return {**golden, "scores": _scores(scorer, golden).tolist()}
+    score_N = _uncalibrated(scorer, golden)
+    return {**golden, "uncalibrated": score_N.tolist(), "scores": scorer.calibration.apply(score_N).tolist()}
 
 
 def check_golden(scorer: Scorer, golden: Any, bundle: str) -> None:
     """InputError unless every golden row gets its score to 1e-5."""
-    off_N = np.abs(_scores(scorer, golden) - np.asarray(golden["scores"]))
+    recorded_N = np.asarray(golden.get("uncalibrated", golden["scores"]), np.float32)  # older bundles do not calibrate
+    _require_near(_uncalibrated(scorer, golden), recorded_N, "scores", bundle)
+    score_N = np.asarray(golden["scores"], np.float32)
+    _require_near(scorer.calibration.apply(recorded_N), score_N, "is calibrated", bundle)
+
+
+def _require_near(found_N: ScoreN, recorded_N: ScoreN, what: str, bundle: str) -> None:
+    off_N = np.abs(found_N - recorded_N)
     if not np.all(off_N <= TOLERANCE):
-        worst = int(np.nanargmax(off_N))
-        raise InputError(f"bundle {bundle} is refused: golden row {worst} scores {off_N[worst]:.2e} off its record")
+        worst = int(np.argmax(np.where(np.isnan(off_N), np.inf, off_N)))
+        raise InputError(f"bundle {bundle} is refused: golden row {worst} {what} {off_N[worst]:.2e} off its record")
 
 
 def _served(scorer: Scorer) -> list[FittedField]:
@@ -70,7 +83,7 @@ def _known_ids(scorer: Scorer, name: str, random: np.random.Generator) -> list[A
     return [None, None, *(ids if field.is_list else ids[0] for ids in drawn)]
 
 
-def _scores(scorer: Scorer, golden: Mapping[str, Any]) -> ScoreN:
+def _uncalibrated(scorer: Scorer, golden: Mapping[str, Any]) -> ScoreN:
     columns = golden["rows"]
     fields = {field.name for field in _served(scorer)}
     only_times = {date.from_ for date in _dates(scorer)} - fields
@@ -80,7 +93,7 @@ def _scores(scorer: Scorer, golden: Mapping[str, Any]) -> ScoreN:
         own = encoded[name].to_pylist()
         ids = [mine if id_ is None else id_ for mine, id_ in zip(own, given, strict=True)]
         encoded = encoded.set_column(encoded.column_names.index(name), name, pa.array(ids, encoded[name].type))
-    return scorer.score_encoded(encoded)
+    return scorer.uncalibrated(encoded)
 
 
 def _times(seconds: Iterable[float | None]) -> list[datetime | None]:

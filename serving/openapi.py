@@ -1,10 +1,11 @@
 """The OpenAPI description of the routes, written from the model's own schema."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 from features.fields import DateField, ListField, NumericField, RawField
 from features.schema import Schema
+from serving.calibration import Kind
 from serving.requests import DEFAULT_TOP_K, MAX_ROWS
 from serving.times import EXPECTED, time_columns
 
@@ -29,7 +30,11 @@ def describe(schema: Schema) -> Json:
         "paths": {
             "/rank": {"post": _operation("Rank candidates", _rank_body(schema), _rank_answer())},
             "/predict": {"post": _operation("Score rows", _predict_body(schema), _predict_answer())},
-            "/model": {"get": _operation("The served model: version, metrics, schema", None, _model_answer())},
+            "/model": {
+                "get": _operation(
+                    "The served model: version, metrics, members, calibration, schema", None, _model_answer()
+                )
+            },
             "/livez": {"get": _plain("The process is up")},
             "/readyz": {"get": _plain("The model is loaded and verified")},
             "/metrics": {"get": _plain("Prometheus metrics")},
@@ -129,9 +134,10 @@ def _predict_answer() -> Json:
 
 def _model_answer() -> Json:
     free: Json = {"type": "object"}
-    return _object(
-        {"model": _model_reference(), "metrics": free, "schema": free}, required=["model", "metrics", "schema"]
-    )
+    members: Json = {"type": "integer", "minimum": 1, "description": "Trained models whose scores are averaged"}
+    calibration: Json = {"type": "string", "enum": list(get_args(Kind))}
+    parts: Json = {"model": _model_reference(), "metrics": free, "members": members, "calibration": calibration}
+    return _object({**parts, "schema": free}, required=[*parts, "schema"])
 
 
 def _error() -> Json:

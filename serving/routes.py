@@ -85,10 +85,9 @@ async def _predict(engine: RankingEngine, request: Request) -> Response:
 
 
 async def _model(engine: RankingEngine, request: Request) -> Response:
-    return _json(
-        engine,
-        {"metrics": engine.bundle.manifest["metrics"], "schema": engine.schema.plain()},
-    )
+    scorer, metrics = engine.bundle.scorer, engine.bundle.manifest["metrics"]
+    about = {"members": len(scorer.models), "calibration": scorer.calibration.kind}
+    return _json(engine, {"metrics": metrics, **about, "schema": engine.schema.plain()})
 
 
 async def _docs(engine: RankingEngine, request: Request) -> Response:

@@ -78,12 +78,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, raw_rows: Path) -> Home:
     trained = home.json("train", str(CONFIG), "--data", "data", "--out", "run", *SMALL)
     assert trained["model_uri"] == "models:/movielens-ranker/1"
     assert json.loads((home.path / "run" / "result.json").read_text())["metrics"] == trained["metrics"]
-    promoted = home.json("promote", "models:/movielens-ranker@candidate")
+    (home.path / "gate.yaml").write_text("max_calibration_error: 0.5\nmax_ece: 0.3\n")  # two epochs calibrate no model
+    promoted = home.json("promote", "models:/movielens-ranker@candidate", "--data", "data", "--config", "gate.yaml")
+    assert [check["name"] for check in promoted.pop("checks")] == ["rows", "calibration", "ece"]
     assert promoted == {
         "model_uri": "models:/movielens-ranker/1",
         "alias": "champion",
         "replaced": None,
-        "reason": "promoted by hand",
+        "reason": "calibrated on test split of data, and there was no champion",
     }
     return home
 
@@ -149,12 +151,12 @@ def test_the_same_rows_score_the_same_everywhere(home: Home, served: tuple[str, 
     assert evaluated["metrics"]["logloss"] == pytest.approx(float(loss), abs=1e-6)
     assert set(evaluated["baselines"]) == {"base rate", "logistic regression"}
     report = (home.path / "report" / "report.html").read_text()
-    assert report.count("<svg") == 3
+    assert report.count("<svg") == 6
     assert not re.search(r"<script|<link|@import|(?:src|href)=.https?:", report)
     client = mlflow.MlflowClient(home.store)
     run = json.loads((home.path / "run" / "result.json").read_text())["run_id"]
     names = {artifact.path for artifact in client.list_artifacts(run, "report/test")}
-    assert names == {"report/test/report.html", "report/test/metrics.json"}
+    assert names == {f"report/test/{file}" for file in ("report.html", "metrics.json", "slices.csv")}
 
 
 def test_the_service_around_the_routes(served: tuple[str, subprocess.Popen[str]]) -> None:
@@ -176,6 +178,21 @@ def test_a_taken_port_is_told(home: Home, served: tuple[str, subprocess.Popen[st
 
 
 @pytest.mark.long
+def test_the_gate_has_an_exit_code_and_a_way_back(home: Home) -> None:
+    (home.path / "strict.yaml").write_text("max_ece: 0\nmin_rows: 1000\n")
+    words = ["promote", "models:/movielens-ranker/1", "--alias", "strict"]
+    code, out, error = home.run(*words, "--input", "clicks.parquet", "--config", "strict.yaml", "--json")
+    assert (code, out) == (1, "")  # 6,000 rows are enough; no model is calibrated so well
+    *table, line = error.strip().splitlines()
+    assert line.startswith("masknet: models:/movielens-ranker/1 does not become strict on clicks.parquet: ece ")
+    assert any("│ ece" in row and "│ no" in row for row in table)
+    forced = home.json(*words, "--force", "there is no other")
+    assert (forced["reason"], forced["checks"]) == ("forced: there is no other", [])
+    rollback = home.refused("promote", "models:/movielens-ranker", "--alias", "strict", "--rollback")
+    assert "is the first strict: there is none before it" in rollback
+
+
+@pytest.mark.long
 def test_mistakes_are_one_line_and_leave_nothing(home: Home, tmp_path: Path) -> None:
     before = sorted(path.name for path in home.path.iterdir())
     schema = str(movielens.SCHEMA)
@@ -188,6 +205,8 @@ def test_mistakes_are_one_line_and_leave_nothing(home: Home, tmp_path: Path) -> 
     assert "'nobody'" in home.refused("evaluate", "nobody", "--data", "data")
     assert "not in the registry" in home.refused("serve", "models:/nobody@champion")
     assert "split 'tset'" in home.refused("evaluate", "run/bundle", "--data", "data", "--split", "tset")
+    itself = ("--data", "data", "--against", "run/bundle")
+    assert "is the model run/bundle itself" in home.refused("evaluate", "run/bundle", *itself)
     assert sorted(path.name for path in home.path.iterdir()) == before
 
 

@@ -17,7 +17,8 @@ from training.fit.checkpoints import plain_tensors, read_whole
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20
-SMALL = ["model.embedding_dim=8", "model.blocks=2", "model.block_width=16", "model.head=[8]", "model.dropout=0.2"]
+SHAPE = ["model.embedding_dim=8", "model.blocks=2", "model.block_width=16", "model.head=[8]", "model.dropout=0.2"]
+SMALL = [*SHAPE, "train.average.name=ema"]
 LONG = ["train.batch_size=256", "train.epochs=30", "train.early_stop.patience=30", "train.checkpoint_steps=7"]
 
 pytestmark = pytest.mark.long

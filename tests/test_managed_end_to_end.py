@@ -24,7 +24,7 @@ from training.baselines import baseline_scores
 from training.config import Config
 from training.distributed import join_world
 from training.errors import Stopped
-from training.evaluate import evaluate, rows_of_dataset
+from training.evaluation.evaluate import evaluate, rows_of_dataset
 from training.fit.dataset import Going, fit_dataset
 from training.fit.starting import Start, Weights
 from training.progress import Silent

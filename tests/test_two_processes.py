@@ -59,6 +59,7 @@ def losses(home: Path, run_id: str) -> np.ndarray:
             [
                 "model.embedding_norm={name: power, warmup_steps: 8}",
                 "model.hidden_norm={name: unified, warmup_steps: 8}",
+                "train.average.name=ema",
             ],
         ),
         pytest.param("rowwise_adagrad", 0.02, [], marks=pytest.mark.long),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="masknet",
-    help="Click-through-rate ranking with MaskNet: prepare rows, train, ablate, evaluate, promote, score and serve.",
+    help="Click-through-rate ranking with MaskNet: "
+    "prepare rows, train, tune, ablate, evaluate, promote, score and serve.",
     epilog="MODEL is a bundle's folder, models:/name@alias, models:/name/3, or an MLflow run id. "
     "MLflow is found through MLFLOW_TRACKING_URI (default sqlite:///mlflow.db).",
     no_args_is_help=True,
@@ -255,7 +256,7 @@ def train(
         start = Start(load_bundle(locate(from_).path), remove_norms)
     result = run_train(loaded, data, out, console, start, resume)
     if result is not None:
-        from training.report import number
+        from training.numbers import number
 
         split, found = list(result["metrics"].items())[-1]  # test, or the last day before it was trained on
         numbers = f"{split} auc {number(found['auc'])}, logloss {number(found['logloss'])}"
@@ -369,28 +370,113 @@ def ablate(
 
 
 @app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="Training configuration (YAML); what is not searched stays as it is.")],
+    data: Annotated[Path, typer.Option(help="Prepared data set.")],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Configurations tried in all; default 50, or no limit with --minutes.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="Begin no trial after so many minutes, of all calls together; those under way end."
+        ),
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="What is searched instead of training/tuning/space.yaml, in its format.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="[logloss|auc]", help="Decides, on validation; default CONFIG's train.early_stop.metric."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; they share the cores.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of the best configuration, with seeds 1 to N.")] = 5,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Register the mean of these models as one, not the best of them.")
+    ] = False,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Override a key of CONFIG, which is then not searched. Repeatable."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The study's name; default CONFIG's experiment.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default runs/tuning/NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search a better configuration (Optuna's TPE), train it with several seeds and register what comes of it.
+
+    Trials are judged on the validation split, and those worse than the median are ended early; the test split is not
+    read before all is decided. OUT/best.yaml is a configuration for masknet train. The same command goes on with a
+    study that was stopped, and with more --trials or --minutes adds to it.
+
+        masknet tune config.yaml --data data --trials 50 --jobs 2
+        masknet tune config.yaml --data data --minutes 60 --space space.yaml --ensemble
+    """
+    check_stack()
+    from training.tuning.command import TuneOptions, run_tune
+    from training.tuning.results import best_table, changes_table, trials_table
+
+    options = TuneOptions(
+        config=config,
+        data=data,
+        out=out,
+        name=name,
+        trials=trials,
+        minutes=minutes,
+        space=space,
+        jobs=jobs,
+        seeds=seeds,
+        ensemble=ensemble,
+        metric=metric,
+        set=set or [],
+    )
+    answer, rows = run_tune(options, console)
+    best = answer["best"]
+    if not as_json:
+        Console().print(trials_table(rows, answer), changes_table(rows, answer), best_table(answer))
+    uri = best["model"]["model_uri"]
+    registered = f"registered as {uri}, alias candidate" if uri else "not registered yet"
+    result = {"out": answer["out"], "best": best, "config": answer["config"]}
+    _answer(
+        as_json,
+        result,
+        f"{best['sentence']}\n{answer['config']}: for masknet train; {best['model']['bundle']}: {registered}",
+    )
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Annotated[Path | None, typer.Option(help="Prepared data set, encoded by the model's pipeline.")] = None,
     input: Annotated[list[str] | None, typer.Option(help="Raw labelled files instead; repeatable.")] = None,
     split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; default runs/evaluations/NAME-SPLIT.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another MODEL to compare it with, on the same rows.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of report.html, metrics.json and slices.csv; default below runs/.")
+    ] = None,
+    replicates: Annotated[int, typer.Option(min=100, help="Bootstrap draws that the intervals come from.")] = 1000,
+    html: Annotated[bool, typer.Option(help="Write the report for people: one file, no network.")] = True,
     max_bad_rows: MaxBadRows = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on labelled rows and write an HTML report, beside the base rate and logistic regression.
+    """Measure a model on labelled rows, alone or against another one, and write a report.
 
-    The baselines need a training split, so they are there with --data and not with --input.
+    The base rate and logistic regression stand beside it with --data, which has the training split that they need.
+    Two models with pipelines of their own are compared on raw rows: --input.
 
-        masknet evaluate models:/movielens-ranker@candidate --data data
+        masknet evaluate models:/movielens-ranker@candidate --data data --against models:/movielens-ranker@champion
     """
     check_stack()
     from training.commands import run_evaluate
+    from training.evaluation.wording import verdict
     from training.tables import metrics_table
 
-    result, evaluation = run_evaluate(model, data, input or [], split, out, max_bad_rows)
+    result, evaluation = run_evaluate(
+        model, data, input or [], split, out, max_bad_rows, against=against, replicates=replicates, html=html
+    )
     if not as_json:
-        Console().print(metrics_table(evaluation))
+        output = Console()
+        output.print(metrics_table(evaluation))
+        output.print("\n".join(verdict(evaluation)), markup=False, highlight=False, soft_wrap=True)
     _answer(as_json, result, f"report: {result['report']}")
 
 
@@ -418,19 +504,46 @@ def score(
 @app.command()
 def promote(
     model: Model,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data set to judge by; both models must have its encoding.")
+    ] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="Raw labelled rows instead, encoded by each model's own pipeline; repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    max_bad_rows: MaxBadRows = 0.01,
+    config: Annotated[Path | None, typer.Option(help="Thresholds and slices of the checks (YAML).")] = None,
     alias: Annotated[str, typer.Option(help="Alias to give.")] = "champion",
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Promote whatever the checks say, and record why.")
+    ] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Give the alias back to the version before; MODEL is models:/NAME.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Give a registered model the alias `champion`, and record who replaced whom.
+    """Give a registered model the alias `champion` if it stands the test against the present one, and record why.
 
-    masknet promote models:/movielens-ranker@candidate
+    It is refused when it is significantly worse in log loss or AUC, badly calibrated, or worse on a slice that the
+    configuration names.
+
+        masknet promote models:/movielens-ranker@candidate --data data
+        masknet promote models:/movielens-ranker@candidate --input clicks.parquet --config gate.yaml
+        masknet promote models:/movielens-ranker@candidate --force "the champion knows none of the new items"
+        masknet promote models:/movielens-ranker --rollback
     """
     check_stack()
-    from training.promote import promote as run_promote
+    from training.promotion.command import checks_table, given_rows, run_promote
+    from training.promotion.promote import PromoteOptions
 
-    result = run_promote(model, alias)
-    before = f", replacing {result['replaced']}" if result["replaced"] else ""
-    _answer(as_json, result, f"{result['model_uri']} is now {alias}{before}")
+    given = given_rows(data, input or [], split, max_bad_rows)
+    options = PromoteOptions(model=model, alias=alias, given=given, config=config, force=force)
+    done = run_promote(options, rollback, console)
+    if done.checks and not as_json:
+        Console().print(checks_table(done.checks))
+    before = f", replacing {done.replaced}" if done.replaced else ""
+    _answer(as_json, done.plain(), f"{done.model_uri} is now {alias}{before}: {done.reason}")
 
 
 @app.command()

@@ -1,41 +1,152 @@
 """What a command does that is more than one call; shared by the command line and the demo."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from features.dataset import PreparedDataset
 from features.errors import InputError
-from serving.bundle import load_bundle
+from serving.bundle import Bundle, load_bundle
 from serving.models import locate
 from training.baselines import baseline_scores
-from training.evaluate import MODEL, Evaluation, evaluate, rows_of_dataset, rows_of_files, write_report
+from training.evaluation.evaluate import (
+    MODEL,
+    Evaluation,
+    Rows,
+    Subject,
+    evaluate,
+    rows_of_dataset,
+    rows_of_files,
+    same_rows_of_files,
+)
+from training.evaluation.examine import REPLICATES, Seen, examine
+from training.evaluation.files import intervals, write_files
+from training.evaluation.slices import worse
+from training.progress import stages
 from training.tracking.opening import attach_report
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A model that was asked for, and the name by which it was."""
+
+    name: str
+    bundle: Bundle
+
+
 def run_evaluate(
-    model: str, data: Path | None, sources: list[str], split: str, out: Path | None, max_bad_rows: float
+    model: str,
+    data: Path | None,
+    sources: list[str],
+    split: str,
+    out: Path | None,
+    max_bad_rows: float,
+    *,
+    against: str | None = None,
+    replicates: int = REPLICATES,
+    html: bool = True,
+    console: Console | None = None,
 ) -> tuple[dict[str, Any], Evaluation]:
-    """`masknet evaluate`: returns the result that --json prints, and the evaluation behind it."""
+    """`masknet evaluate`: returns the result that --json prints, and the evaluation behind it.
+
+    Args:
+        model: any name of a bundle; so is `against`, the rival on the same rows.
+        data: prepared rows, of which `split` counts; or raw `sources`, of which `max_bad_rows` may be set aside.
+        out: folder of the files; by default runs/evaluations/ and a name from the model's and the split's.
+        replicates: bootstrap draws for the intervals.
+        html: whether to write the report for people too.
+        console: where progress is shown, if it is a terminal; by default standard error.
+
+    Raises:
+        InputError: a model, the data or their match is wrong; the message names which.
+    """
     if (data is None) == (not sources):
         raise InputError("give either --data or --input")
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is no folder")
     started = time.perf_counter()
-    bundle = load_bundle(locate(model).path)
+    first, second = _open(model, against)
     if data is not None:
-        dataset = PreparedDataset.open(data)
-        rows = rows_of_dataset(bundle, dataset, split)
-        evaluation = evaluate(bundle, rows, baseline_scores(dataset, split))
+        evaluation, seen = _of_dataset(first, second, PreparedDataset.open(data), split)
     else:
-        split = "input"
-        evaluation = evaluate(bundle, rows_of_files(bundle, sources, max_bad_rows), {})
-    out = out or Path("runs") / "evaluations" / f"{bundle.name}-{split}"
-    report = write_report(evaluation, out)
-    attach_report(bundle.manifest["run_id"], out, split)
-    result = {
-        "metrics": evaluation.metrics[MODEL],
-        "baselines": {name: found for name, found in evaluation.metrics.items() if name != MODEL},
+        evaluation, seen = _of_files(first, second, sources, max_bad_rows)
+    with stages(console or Console(stderr=True)) as progress:
+        evaluation = examine(evaluation, seen, replicates=replicates, progress=progress)
+    place = seen.split if second is None else f"{seen.split}-against-{second.bundle.digest[:12]}"
+    files = write_files(evaluation, out or Path("runs") / "evaluations" / f"{first.bundle.name}-{place}", html)
+    attach_report(first.bundle.manifest["run_id"], files, place)
+    return {**_answer(evaluation), "report": str(files[0]), "seconds": time.perf_counter() - started}, evaluation
+
+
+def _answer(evaluation: Evaluation) -> dict[str, Any]:
+    findings = evaluation.findings
+    assert findings is not None  # it has just been examined
+    models = [subject.name for subject in evaluation.subjects]
+    found = {
+        "metrics": evaluation.metrics[evaluation.model],
+        "intervals": intervals(findings)[evaluation.model],
+        "baselines": {name: found for name, found in evaluation.metrics.items() if name not in models},
         "by_familiarity": evaluation.by_familiarity,
-        "report": str(report),
-        "seconds": time.perf_counter() - started,
     }
-    return result, evaluation
+    if evaluation.rival is None:
+        return found
+    comparison = next(one for one in findings.comparisons if one.second == evaluation.rival)
+    return found | {
+        "against": evaluation.metrics[evaluation.rival],
+        "comparison": {
+            "sentence": comparison.sentence,
+            "verdicts": {metric: one.verdict for metric, one in comparison.differences.items()},
+            "worse_slices": [one.name for one in worse(findings.slices)],
+        },
+    }
+
+
+def _open(model: str, against: str | None) -> tuple[_Opened, _Opened | None]:
+    """The model and its rival; InputError where they are the same."""
+    located = locate(model)
+    bundle = load_bundle(located.path)
+    if against is None:
+        return _Opened(MODEL, bundle), None
+    other = locate(against)
+    rival = load_bundle(other.path)
+    if rival.digest == bundle.digest:
+        raise InputError(f"--against {against}: this is the model {model} itself")
+    return _Opened(_short(located.uri), bundle), _Opened(_short(other.uri), rival)
+
+
+def _short(uri: str) -> str:
+    return uri.removeprefix("models:/")
+
+
+def _of_dataset(
+    first: _Opened, second: _Opened | None, dataset: PreparedDataset, split: str
+) -> tuple[Evaluation, Seen]:
+    """On prepared rows, beside baselines where the data set has the splits that these are fitted on."""
+    rows = rows_of_dataset(first.bundle, dataset, split)
+    if second is not None:
+        dataset.require_pipeline(second.bundle.pipeline.digest, f"--against {second.name}")
+    fitted = {"train", "valid"} <= set(dataset.splits)
+    baselines = baseline_scores(dataset, split) if fitted else {}
+    train = dataset.files("train") if "train" in dataset.splits else None
+    return _evaluated(first, second, rows, rows, baselines), Seen(train, split, rows.known)
+
+
+def _of_files(
+    first: _Opened, second: _Opened | None, sources: list[str], max_bad_rows: float
+) -> tuple[Evaluation, Seen]:
+    """On raw rows, which tell nothing of training."""
+    if second is None:
+        rows = others = rows_of_files(first.bundle, sources, max_bad_rows)
+    else:
+        rows, others = same_rows_of_files(first.bundle, second.bundle, sources, max_bad_rows)
+    return _evaluated(first, second, rows, others, {}), Seen(None, "input", rows.known)
+
+
+def _evaluated(
+    first: _Opened, second: _Opened | None, rows: Rows, others: Rows, baselines: dict[str, Any]
+) -> Evaluation:
+    rival = None if second is None else Subject(second.name, second.bundle, others.table)
+    return evaluate(first.bundle, rows, baselines, name=first.name, rival=rival)

@@ -12,7 +12,7 @@ from features.validation import Frozen, load_yaml, validate
 from masknet.config import MaskNetConfig
 from masknet.norms import NORMS
 from training.fit.precision import Precision
-from training.sections import OptimizerConfig, ScheduleConfig, ShardingConfig
+from training.sections import CalibrationConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
 
@@ -22,6 +22,27 @@ class EarlyStop(Frozen):
 
     metric: Literal["logloss", "auc"] = Field(default="logloss", description="what decides on the best epoch")
     patience: int = Field(default=2, ge=1, description="epochs without improvement before stopping")
+
+
+class AverageConfig(Frozen):
+    """Averages of the weights over the last steps: they are validated and published, while training goes on without."""
+
+    name: Literal["none", "ema"] = Field(
+        default="none",
+        description="ema: an exponential moving average is validated and published, not the last weights",
+    )
+    span: float = Field(
+        default=0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="passes over the data, or days, after which a weight counts 1/e; at most a quarter of the training "
+        "so far",
+    )
+    every: int = Field(
+        default=10,
+        ge=1,
+        description="steps between updates, each of which reads and writes all tables; at most a twentieth of the span",
+    )
 
 
 class TrainConfig(Frozen):
@@ -39,6 +60,14 @@ class TrainConfig(Frozen):
     )
     seed: int = Field(default=1, ge=0, description="decides initial weights, data order and dropout")
     early_stop: EarlyStop = EarlyStop()
+    average: AverageConfig = AverageConfig()
+    members: int = Field(
+        default=1,
+        ge=1,
+        le=99,
+        description="models of the bundle, each with tables of its own, trained one after the other with seeds from "
+        "`seed` on; the mean of their scores is served, at so many times the cost",
+    )
     checkpoint_steps: int = Field(
         default=1000, ge=1, description="steps between checkpoints, beside one after every epoch"
     )
@@ -79,6 +108,7 @@ class Config(Frozen):
     schedule: ScheduleConfig = ScheduleConfig()
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     tracking: TrackingConfig
 
     @model_validator(mode="after")

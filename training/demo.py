@@ -25,8 +25,10 @@ from serving.models import locate
 from training.commands import run_evaluate
 from training.config import load_config
 from training.errors import Failure
-from training.evaluate import MODEL, Evaluation
-from training.promote import promote
+from training.evaluation.evaluate import MODEL, Evaluation
+from training.promotion.command import checks_table
+from training.promotion.promote import CHAMPION, Promoted, PromoteOptions, Refused, promote
+from training.promotion.trial import Given
 from training.served import post, running_service
 from training.tables import metrics_table
 from training.train import train
@@ -68,10 +70,11 @@ def run_demo(out: Path, console: Console) -> None:
     with stage("train", "ParallelMaskNet, tables sharded by TorchRec, tracked by MLflow"):
         trained = train(load_config(CONFIG, []), data, out / "train", console)
         assert trained is not None  # this process is alone, so it is rank 0
-    with stage("promote", f"{trained['model_uri']} becomes champion"):
-        champion = f"models:/{load_bundle(Path(trained['bundle'])).name}@{promote(trained['model_uri'])['alias']}"
     with stage("evaluate", "beside the base rate and logistic regression, on the newest 10 %"):
-        evaluated, evaluation = run_evaluate(champion, data, [], "test", out / "report", 0.0)
+        evaluated, evaluation = run_evaluate(trained["model_uri"], data, [], "test", out / "report", 0.0)
+    with stage("promote", f"{trained['model_uri']} becomes champion if it stands the test on the same rows"):
+        _tell_of_promotion(console, _promote(trained["model_uri"], raw, data, out))
+    champion = f"models:/{load_bundle(Path(trained['bundle'])).name}@{CHAMPION}"
     with stage("serve", f"BentoML loads {champion}; one user, {FILMS} films over HTTP"):
         context, films = _request(raw, data)
         ranked = _rank_over_http(champion, context, films)
@@ -88,6 +91,35 @@ def _make_anew(out: Path) -> None:
     if out.exists() and not (out.is_dir() and (marker.exists() or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an earlier demo's folder; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
+
+
+def _promote(model: str, raw: Path, data: Path, out: Path) -> Promoted | Refused:
+    """By the test split, or, if an earlier demo's champion has another encoding, by its raw rows."""
+    reason = ""
+    for given in (Given(data), Given(None, (str(_raw_test_rows(raw, data, out)),), max_bad_rows=0.0)):
+        try:
+            return promote(PromoteOptions(model=model, given=given))
+        except Refused as refused:
+            return refused
+        except InputError as error:
+            reason = f"the earlier champion cannot judge: {error}"[:200]
+    return promote(PromoteOptions(model=model, force=reason))
+
+
+def _raw_test_rows(raw: Path, data: Path, out: Path) -> Path:
+    rows = out / "test.parquet"
+    pl.read_parquet(raw)[pl.read_parquet(data / "test")["_line"].to_numpy() - 1].write_parquet(rows)
+    return rows
+
+
+def _tell_of_promotion(console: Console, done: Promoted | Refused) -> None:
+    if isinstance(done, Refused):
+        console.print(checks_table(done.evidence.checks))
+        console.print(f"{done}; the {CHAMPION} stays", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return
+    if done.checks:
+        console.print(checks_table(done.checks))
+    console.print(f"{CHAMPION}: {done.model_uri}, {done.reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _request(raw: Path, data: Path) -> tuple[dict[str, Any], pl.DataFrame]:

@@ -1,59 +1,67 @@
-"""The report's pictures, as SVG text that stands inside the page."""
+"""Parts of the reports' pictures, which are SVG text that stands inside the page."""
 
 import io
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import matplotlib
-import numpy as np
-import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_curve
 
-from features.metrics import reliability
-
-FloatN = npt.NDArray[np.floating]
-_COLOURS = ("#0b6e99", "#9aa0a6", "#d9730d", "#6940a5")
-
-
-def roc_picture(label_N: FloatN, scores: Mapping[str, FloatN]) -> str:
-    """True against false positive rate, a line per scorer."""
-    figure, axes = _axes("False positive rate", "True positive rate")
-    for (name, score_N), colour in zip(scores.items(), _COLOURS, strict=False):
-        false_rate, true_rate, _ = roc_curve(label_N, score_N)
-        axes.plot(false_rate, true_rate, label=name, color=colour, linewidth=1.8)
-    axes.legend(frameon=False, loc="lower right")
-    return svg(figure)
+COLOURS = ("#0b6e99", "#d9730d", "#5f6670", "#6940a5")
+STYLES = ("-", "--", ":", "-.")  # what colour says, a line's style says too: print may be black and white
+INK, DIM, GRID = "#1f2328", "#59636e", "#e6e9ec"
+TEXT = 9.5  # points: 11 pixels on a telephone, which shows the 4.2 inches of a picture at 358
+WIDTH = 4.2  # inches
+_LINE, _GAP, _FRAME = 12, 7, 46  # points: a line of a name, what is between rows, axis and its label
+_NAME = 22  # characters in a line of a name
+_LEGEND = 36  # characters of a name in a legend
 
 
-def calibration_picture(label_N: FloatN, scores: Mapping[str, FloatN]) -> str:
-    """Observed click rate against predicted, a dot per bin of equally many rows; on the diagonal is right."""
-    figure, axes = _axes("Predicted click rate", "Observed click rate")
-    axes.plot([0, 1], [0, 1], color="#c4c7c5", linewidth=1, linestyle="--")
-    for (name, score_N), colour in zip(scores.items(), _COLOURS, strict=False):
-        predicted, observed, _ = reliability(label_N, score_N)
-        axes.plot(predicted, observed, marker="o", markersize=4, label=name, color=colour, linewidth=1.2)
-    axes.legend(frameon=False, loc="lower right")
-    return svg(figure)
-
-
-def histogram_picture(label_N: FloatN, score_N: FloatN) -> str:
-    """How many rows got which score, clicks and non-clicks apart."""
-    figure, axes = _axes("Score", "Rows")
-    bins = np.linspace(0.0, 1.0, 41)
-    parts = [score_N[label_N == 0], score_N[label_N == 1]]
-    axes.hist(parts, bins=list(bins), stacked=True, label=["no click", "click"], color=[_COLOURS[1], _COLOURS[0]])
-    axes.legend(frameon=False)
-    return svg(figure)
-
-
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+def plain_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    """Axes of which only the left and the lower line are drawn."""
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(x_label, fontsize=TEXT, color=DIM)
+    axes.set_ylabel(y_label, fontsize=TEXT, color=DIM)
+    _plain(axes)
     return figure, axes
+
+
+def row_axes(names: Sequence[str], x_label: str, panels: int = 1) -> tuple[Figure, list[Axes], list[float]]:
+    """Panels beside each other with a row for each name, and the rows' places on the y axis, in points."""
+    height, places, wrapped = 0.0, [], []
+    for name in names:
+        lines = textwrap.wrap(name, _NAME) or [""]
+        row = _LINE * len(lines) + _GAP
+        places.append(height + row / 2)
+        wrapped.append("\n".join(lines))
+        height += row
+    figure = Figure(figsize=(WIDTH, (height + _FRAME) / 72), layout="constrained")
+    found = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axes in found:
+        axes.set_ylim(height, 0)
+        axes.set_xlabel("\n".join(textwrap.wrap(x_label, 2 * _NAME)), fontsize=TEXT, color=DIM, parse_math=False)
+        _plain(axes)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0, pad=6)
+    found[0].set_yticks(places, wrapped, parse_math=False)
+    return figure, list(found), places
+
+
+def legend(figure: Figure, drawn: Mapping[str, Artist]) -> None:
+    """Names of what is drawn, above the axes; as users' text, in which no $ begins a formula and no _ hides a name."""
+    names = [name if len(name) <= _LEGEND else f"…{name[1 - _LEGEND :]}" for name in drawn]  # paths differ at their end
+    found = figure.legend(list(drawn.values()), names, loc="outside upper left", frameon=False, fontsize=TEXT)
+    for text in found.get_texts():
+        text.set_parse_math(False)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b6bcc3")
+    axes.tick_params(labelsize=TEXT, color="#b6bcc3", labelcolor=INK)
 
 
 def svg(figure: Figure) -> str:

@@ -1,10 +1,11 @@
-"""The configuration's sections of what is optimized, when and where: optimizer, schedule, sharding."""
+"""The configuration's sections of what is optimized, when and where, and of the scores: optimizer to calibration."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from features.validation import Frozen
+from serving.calibration import Kind
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -101,4 +102,13 @@ class ShardingConfig(Frozen):
     )
     tables: dict[str, TableSharding] = Field(
         default={}, description="`type`, `kernel` and `dtype` of single tables, by name: `{item_id: {type: row_wise}}`"
+    )
+
+
+class CalibrationConfig(Frozen):
+    """The last step to a served score."""
+
+    method: Kind = Field(
+        default="none",
+        description="curve over the scores, fitted on the validation split after training; rankings keep their order",
     )

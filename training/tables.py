@@ -3,30 +3,35 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from training.evaluate import Evaluation
-from training.report import number
-
-_METRICS = {
-    "auc": "AUC",
-    "logloss": "log loss",
-    "ne": "normalized entropy",
-    "calibration": "calibration",
-    "ece": "ECE",
-    "gauc": "grouped AUC",
-}
+from training.evaluation.findings import Evaluation
+from training.evaluation.wording import titles, with_interval
+from training.numbers import number
 
 
 def metrics_table(evaluation: Evaluation) -> Table:
-    """A row per metric, a column per scorer, the model first."""
-    table = Table(title=f"{evaluation.bundle.name}, {evaluation.source}", title_justify="left")
-    table.add_column("metric")
-    for scorer in evaluation.metrics:
-        table.add_column(scorer, justify="right")
-    for name, title in _METRICS.items():
-        table.add_row(title, *(number(found[name]) for found in evaluation.metrics.values()))
+    """A row per metric: the model with 95 % intervals and the baselines; or two models and their difference."""
+    findings, rival = evaluation.findings, evaluation.rival
+    name = evaluation.bundle.name if rival is None else f"{evaluation.model} against {rival}"
+    table = Table(title=Text(f"{name}, {evaluation.source}"), title_justify="left")
+    shown = list(evaluation.metrics) if rival is None else [evaluation.model, rival]
+    table.add_column("metric", no_wrap=True)
+    for place, title in enumerate(shown if rival is None else ["model", "against"]):
+        table.add_column(Text(title), justify="right", no_wrap=place == 0)
+    if rival is not None:
+        table.add_column("difference", justify="right", no_wrap=True)
+        table.add_column("told apart")
+    for key, title in titles(evaluation).items():
+        cells = [number(evaluation.metrics[scorer][key]) for scorer in shown]
+        if findings is not None and rival is None:
+            cells[0] = with_interval(findings.estimates[evaluation.model][key])
+        elif findings is not None and key in findings.comparisons[0].differences:  # the first is that with the rival
+            difference = findings.comparisons[0].differences[key]
+            cells += [with_interval(difference), "–" if difference.verdict == "not told apart" else difference.verdict]
+        table.add_row(title, *cells)
     for part, facts in evaluation.by_familiarity.items():
-        table.add_row(f"AUC, {part} ({facts['rows']:,} rows)", *(number(value) for value in facts["auc"].values()))
+        table.add_row(Text(f"AUC, {part}"), *(number(facts["auc"][scorer]) for scorer in shown))
     return table
 
 

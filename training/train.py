@@ -17,15 +17,19 @@ from features.errors import InputError
 from features.files import file_written_whole, read_json, write_json
 from features.metrics import score_metrics
 from serving.bundle import tables_of, write_bundle
+from serving.calibration import Calibration
+from serving.members import Member
 from serving.scorer import Scorer
+from training.calibration import calibrate, require_calibratable
 from training.config import Config, save_config
 from training.distributed import World, from_rank_0, join_world
 from training.embeddings.placement import placements
 from training.errors import Stopped
-from training.fit.dataset import FitResult, Going, fit_data_of_days, fit_dataset
+from training.fit.dataset import FitResult, Going, fit_data_of_days
 from training.fit.days import is_whole, open_data, scored_rows
 from training.fit.guard import require_pipeline
 from training.fit.identity import IDENTITY_FILE, identity_of, require_same
+from training.fit.members import fit_members, require_members_possible
 from training.fit.observer import Observer
 from training.fit.starting import (
     Start,
@@ -52,6 +56,7 @@ def train(
     console: Console,
     start: Start | None = None,
     resume: bool = False,
+    register: bool = True,
 ) -> Result | None:
     """Train, write `out` (config.yaml, checkpoints/, bundle/, result.json), register the bundle; None on ranks but 0.
 
@@ -62,6 +67,7 @@ def train(
         console: where a person reads along.
         start: the model to go on from, and whether its norms are removed on the way; by default a fresh one.
         resume: go on with what is in `out`; a training that is done is registered, if it was not.
+        register: False for a model that is not to be a candidate, or not yet; a later call with `resume` registers it.
 
     Raises:
         InputError: configuration, data and start do not go together.
@@ -97,8 +103,8 @@ def train(
                 raise Stopped(f"{stopped}; go on with the same command and --out {out} --resume") from None
             if run is not None:
                 shutil.rmtree(out / "bundle", ignore_errors=True)  # of a training that was killed before its result
-                job.write_bundle(fitted, out / "bundle", run.run_id)
-        result = None if run is None else _finish(out, run, fitted, started)
+                job.write_bundle(fitted, out / "bundle", run.run_id, observer)
+        result = None if run is None else _finish(out, run, fitted, started, register)
         from_rank_0(None)  # others wait here, where a signal does not end them
         return result
 
@@ -123,6 +129,8 @@ class _Job:
     def require_possible(self) -> None:
         require_trainable(self.config, self.dataset, self.splits.get("valid"))
         require_start_fits(self.config, self.dataset, self.start)
+        require_members_possible(self.config, self.dataset, self.start)
+        require_calibratable(self.config.calibration.method, self.splits.get("valid"))
         if not self.splits:
             for day in self.data:
                 scored_rows(day)
@@ -133,28 +141,37 @@ class _Job:
         placements(self.config, tables_of(self.dataset.pipeline), world.size, world.device.type)
         require_pipeline(self.config, world.device.type)
 
-    def fit(self, world: World, going: Going) -> FitResult:
+    def fit(self, world: World, going: Going) -> list[FitResult]:
+        """A result per member."""
         if self.splits:
-            return fit_dataset(self.config, self.dataset, world, going, self.start)
-        return fit_data_of_days(self.config, self.data, world, going, self.start, self._day_metrics)
+            return fit_members(self.config, self.dataset, world, going, self.start)
+        return [fit_data_of_days(self.config, self.data, world, going, self.start, self._day_metrics)]
 
     def _day_metrics(self, weights: Weights, day: int) -> dict[str, float | None]:
         """Metrics of a day's rows by the scorer."""
         model = build_model(self.config.model, self.dataset)
         model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])
         split, rate = scored_rows(self.data[day])
-        return _metrics(Scorer(self.dataset.pipeline, model, rate, weights.id_maps), self.data[day].split(split))
+        return _metrics(Scorer(self.dataset.pipeline, [model], rate, weights.id_maps), self.data[day].split(split))
 
-    def write_bundle(self, fitted: FitResult, path: Path, run_id: str) -> None:
-        model, weights = self.config.model, fitted.weights
-        assert weights is not None  # of rank 0
+    def write_bundle(self, fitted: Sequence[FitResult], path: Path, run_id: str, observer: Observer) -> None:
+        model, members = self.config.model, [result.weights for result in fitted if result.weights is not None]
+        assert len(members) == len(fitted)  # on rank 0
         if self.start is not None and self.start.remove_norms:
-            model, weights = without_norms(model, self.dataset, weights)
+            model, weights = without_norms(model, self.dataset, members[0])
+            members = [weights]
+
+        def calibrated(scorer: Scorer) -> Calibration:
+            method = self.config.calibration.method
+            found = calibrate(method, scorer, self.dataset)
+            if found.kind != method:
+                observer.noted(f"not calibrated: clicks of the validation split do not rise with the scores ({method})")
+            return found
 
         def evaluate(scorer: Scorer) -> Metrics:
             if self.splits:
                 return {name: _metrics(scorer, table) for name, table in self.splits.items()}
-            return {"progressive": fitted.position.history[-1]}  # of the last day, before it was trained on
+            return {"progressive": fitted[0].position.history[-1]}  # of the last day, before it was trained on
 
         write_bundle(
             path,
@@ -163,10 +180,10 @@ class _Job:
             schema=self.dataset.schema,
             pipeline=self.dataset.pipeline,
             sampling_rate=self.dataset.schema.sampling_rate,
-            network=weights.network,
-            tables=weights.tables,
-            id_maps=weights.id_maps,
+            members=[Member(weights.network, weights.tables, run_id) for weights in members],
+            id_maps=members[0].id_maps,  # of several members there are none
             run_id=run_id,
+            calibrate=calibrated,
             evaluate=evaluate,
         )
 
@@ -187,32 +204,40 @@ def _metrics(scorer: Scorer, table: pa.Table) -> dict[str, float | None]:
     return score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
 
 
-def _finish(out: Path, run: Run, fitted: FitResult | None, started: float) -> Result:
+def _finish(out: Path, run: Run, fitted: list[FitResult] | None, started: float, register: bool) -> Result:
     """Register what was trained, and write result.json; without `fitted`, that of a training that was done before."""
     if fitted is None:
         result: Result = read_json(out / RESULT, "training")
     else:
-        result = _result(out, fitted.position, time.perf_counter() - started)
+        result = _result(out, [member.position for member in fitted], time.perf_counter() - started)
         _write_result(out, result)  # at once: what follows can be made up for
     for split, found in result["metrics"].items():
         run.metrics(result["steps"], {f"{split}_{name}": value for name, value in found.items()})
-    result |= {"run_id": run.run_id, "model_uri": run.register(out / "bundle")}
+    result |= {"run_id": run.run_id, "model_uri": run.register(out / "bundle") if register else None}
     _write_result(out, result)
     return result
 
 
-def _result(out: Path, position: Position, seconds: float) -> Result:
+def _result(out: Path, members: list[Position], seconds: float) -> Result:
+    """`history` and `best_epoch` are the first member's; `members` has everyone's."""
     return {
         "out": str(out),
         "bundle": str(out / "bundle"),
         "metrics": read_json(out / "bundle" / "manifest.json", "bundle")["metrics"],
+        **_course(members[0]),
+        "members": [_course(position) for position in members],
+        "steps": sum(position.step for position in members),
+        "skipped_batches": sum(position.skipped for position in members),
+        "samples_per_second": sum(p.samples for p in members) / sum(p.seconds for p in members),
+        "seconds": seconds,
+    }
+
+
+def _course(position: Position) -> Result:
+    return {
         "history": position.history,
         "epochs": len(position.history),
         "best_epoch": position.best_epoch + 1,
-        "steps": position.step,
-        "skipped_batches": position.skipped,
-        "samples_per_second": position.samples / position.seconds,
-        "seconds": seconds,
     }
 
 

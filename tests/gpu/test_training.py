@@ -18,18 +18,20 @@ import pyarrow.parquet as pq
 
 from features.batches import EncodedRows
 from features.dataset import LABEL, PreparedDataset
-from features.metrics import auc
+from features.metrics import auc, logloss
 from features.prepare import prepare
 from features.schema import Schema
 from features.splits import SplitRule
 from masknet.kernels import dispatch
 from masknet.serving_model import ServingModel
 from serving.bundle import load_bundle, write_bundle
+from serving.members import Member
 from serving.scorer import Scorer
 from tests.gpu.settings import CUDA, DEVICE
 from training.config import Config
 from training.distributed import join_world
 from training.fit.dataset import Going, fit_dataset
+from training.fit.starting import build_model
 from training.progress import Silent
 
 ROWS, BUCKETS = (400_000, 10_000) if CUDA else (4_000, 100)
@@ -79,8 +81,7 @@ def test_what_is_trained_is_scored_by_the_kernels_as_by_a_cpu(
         schema=data.schema,
         pipeline=data.pipeline,
         sampling_rate=1.0,
-        network=weights.network,
-        tables=weights.tables,
+        members=[Member(weights.network, weights.tables)],
         run_id="none",
         evaluate=lambda scorer: {},
     )
@@ -90,7 +91,31 @@ def test_what_is_trained_is_scored_by_the_kernels_as_by_a_cpu(
     assert (auc(test[LABEL].to_numpy(), expected_N) or 0) > 0.8  # .9 is the best possible
     rows = EncodedRows.of(data.pipeline.as_served(test), data.pipeline.layout)
     index_N = np.arange(min(rows.num_rows, 2000 if CUDA else 20))
-    model = ServingModel(scorer.model, data.pipeline.layout.ids).eval().to(DEVICE)
+    model = ServingModel(scorer.models[0], data.pipeline.layout.ids).eval().to(DEVICE)
     with torch.inference_mode(), dispatch.kernels("fused"):
         logit_N = model(*(part.to(DEVICE) for part in rows.gather(index_N)))
     np.testing.assert_allclose(logit_N.sigmoid().cpu().numpy(), expected_N[index_N], atol=1e-6)
+
+
+def test_averages_are_validated_and_kept(data: PreparedDataset, tmp_path: Path) -> None:
+    """Of tables by rows on CUDA: what validation has told is what a CPU finds of the weights that are kept."""
+    config = Config.model_validate(
+        {
+            "experiment": "gpu",
+            "model": {"embedding_dim": 8, "blocks": 1, "block_width": 16, "head": [], "embedding_dropout": 0.1},
+            "optimizer": {"dense": {"lr": 0.01}, "sparse": {"name": "rowwise_adagrad", "lr": 0.3}},
+            "sharding": {"type": "row_wise" if CUDA else "table_wise"},
+            "train": {"epochs": 2, "batch_size": 2048 if CUDA else 128, "average": {"name": "ema"}},
+            "tracking": {"registered_model": "gpu"},
+        }
+    )
+    with join_world() as world:
+        going = Going(checkpoints=tmp_path / "checkpoints", failed=tmp_path / "failed", observer=Silent())
+        fitted = fit_dataset(config, data, world, going)
+    assert fitted.weights is not None
+    model = build_model(config.model, data)
+    model.load_weights(fitted.weights.network, [fitted.weights.tables[name] for name in model.table_names])
+    valid = data.split("valid")
+    score_N = Scorer(data.pipeline, [model], 1.0, {}).score_encoded(valid)
+    told = fitted.position.history[fitted.position.best_epoch]["logloss"]
+    assert told == pytest.approx(logloss(valid[LABEL].to_numpy(), score_N), rel=1e-5)

@@ -21,6 +21,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.kind, config.blocks, config.block_width, config.reduction_ratio) == ("parallel", 3, 400, 2.0)
     assert config.embedding_norm == config.hidden_norm == NormConfig(name="layer", eps=1e-5)
     assert (config.head, config.dropout, config.activation) == ((400, 400), 0.0, "relu")
+    assert (config.embedding_dropout, config.embedding_init) == (0.0, 0.01)
 
 
 def test_unknown_key() -> None:
@@ -85,6 +86,10 @@ def test_parallel_without_a_head() -> None:
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("dropout", float("nan")),
+        ("embedding_dropout", 1.0),
+        ("embedding_dropout", -0.1),
+        ("embedding_init", 0),
+        ("embedding_init", float("inf")),
         ("head", 400),
         ("blocks", None),
     ],

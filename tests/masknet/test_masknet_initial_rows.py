@@ -27,11 +27,12 @@ def test_initial_rows_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_initial_rows_scale() -> None:
-    rows = initial_rows(Table(name="user", features=("user",), rows=10_000, pooling="sum"), 16, 3).double()
-    # 160,000 draws: the standard errors are 1.8e-5 (of the deviation) and 2.5e-5 (of the mean); five of each
-    assert float(rows.std()) == pytest.approx(0.01, abs=9e-5)
-    assert float(rows.mean()) == pytest.approx(0.0, abs=1.3e-4)
+@pytest.mark.parametrize(("given", "std"), [((), 0.01), ((0.3,), 0.3)])
+def test_initial_rows_scale(given: tuple[float, ...], std: float) -> None:
+    rows = initial_rows(Table(name="user", features=("user",), rows=10_000, pooling="sum"), 16, 3, *given).double()
+    # 160,000 draws: the standard errors are .18 % of std (of the deviation) and .25 % (of the mean); five of each
+    assert float(rows.std()) == pytest.approx(std, rel=9e-3)
+    assert float(rows.mean()) == pytest.approx(0.0, abs=1.3e-2 * std)
 
 
 def test_initial_rows_are_those_of_any_other_process() -> None:

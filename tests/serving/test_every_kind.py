@@ -28,6 +28,7 @@ from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.engine import RankingEngine
+from serving.members import Member
 from serving.routes import create_app
 
 RATE = 0.2
@@ -101,7 +102,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     tables = {t.name: torch.randn(t.rows, 4, generator=generator) for t in tables_of(PIPELINE)}
     network = {name: torch.randn(w.shape, generator=generator) / 3 for name, w in model.dense_state().items()}
     path = tmp_path_factory.mktemp("every") / "bundle"
-    rest = {"schema": SCHEMA, "pipeline": PIPELINE, "network": network, "tables": tables, "sampling_rate": RATE}
+    rest = {"schema": SCHEMA, "pipeline": PIPELINE, "members": [Member(network, tables)], "sampling_rate": RATE}
     write_bundle(path, name="every", config=CONFIG, run_id=None, evaluate=lambda scorer: {}, **rest)
     return load_bundle(path)
 
@@ -207,7 +208,7 @@ def test_training_only_values_do_not_count(bundle: Bundle) -> None:
 
 def test_files_of_the_bundle(bundle: Bundle) -> None:
     assert len(list(bundle.path.glob("members/00/embeddings/*"))) == 11
-    assert bundle.manifest["format"] == 2
+    assert bundle.manifest["format"] == 3
     assert bundle.manifest["sampling_rate"] == RATE
     assert load_schema(bundle.path / "schema.yaml") == SCHEMA
     assert yaml.safe_load((bundle.path / "schema.yaml").read_text())["fields"][3]["from"] == "seen"
@@ -215,12 +216,12 @@ def test_files_of_the_bundle(bundle: Bundle) -> None:
     assert (user.features, user.rows, user.pooling) == (("liked", "user"), 5, "mean")
 
 
-@pytest.mark.parametrize(("found", "advice"), [(1, "train the model anew"), (3, "update it")])
+@pytest.mark.parametrize(("found", "advice"), [(1, "train the model anew"), (4, "update it")])
 def test_other_formats_are_refused(bundle: Bundle, tmp_path: Path, found: int, advice: str) -> None:
     copy = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     (copy / "manifest.json").write_text(json.dumps(bundle.manifest | {"format": found}))
     (copy / "manifest.sha256").write_text(sha256_file(copy / "manifest.json"))
-    with pytest.raises(InputError, match=f"has format {found}; this program reads 2: {advice}"):
+    with pytest.raises(InputError, match=f"has format {found}; this program reads 3 and 2: {advice}"):
         load_bundle(copy)
 
 

@@ -6,6 +6,7 @@ Legend: N rows, F fields, d embedding width, K ids with rows.
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from starlette.testclient import TestClient
 
 from features.encoders import AnyEncoder, Hash, Managed
 from features.errors import InputError
-from features.files import sha256_file
 from features.id_maps import IdMap
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
@@ -27,6 +27,7 @@ from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.engine import RankingEngine
+from serving.members import Member
 from serving.routes import create_app
 
 RATE, DIM = 0.25, 4
@@ -104,8 +105,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         config=CONFIG,
         schema=SCHEMA,
         pipeline=PIPELINE,
-        network={name: torch.randn(w.shape, generator=generator) / 3 for name, w in model.dense_state().items()},
-        tables={t.name: torch.randn(t.rows, DIM, generator=generator) for t in tables},
+        members=[
+            Member(
+                {name: torch.randn(w.shape, generator=generator) / 3 for name, w in model.dense_state().items()},
+                {t.name: torch.randn(t.rows, DIM, generator=generator) for t in tables},
+            )
+        ],
         sampling_rate=RATE,
         run_id=None,
         evaluate=lambda scorer: {},
@@ -136,7 +141,7 @@ def expected_scores(bundle: Bundle) -> np.ndarray:
         )
     emb_NFd = torch.from_numpy(np.array(embedded))
     with torch.no_grad():
-        logit_N = bundle.scorer.model.network(emb_NFd).float()
+        logit_N = bundle.scorer.models[0].network(emb_NFd).float()
     return torch.sigmoid(logit_N + math.log(RATE)).numpy()
 
 
@@ -183,15 +188,10 @@ def test_golden_rows_hold_missing_never_seen_and_known_ids(bundle: Bundle) -> No
     assert not {"ann", "bob", "ü"} & set(golden["rows"]["user"])
 
 
-def reseal(bundle: Path) -> None:
-    """Make the digests fit again after a change, as somebody would who edits a bundle on purpose."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"] = {name: sha256_file(bundle / name) for name in manifest["files"] if (bundle / name).exists()}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    (bundle / "manifest.sha256").write_text(sha256_file(bundle / "manifest.json"))
+Reseal = Callable[..., None]
 
 
-def with_map(bundle: Bundle, copy: Path, **changed: Any) -> Path:
+def with_map(bundle: Bundle, copy: Path, reseal: Reseal, **changed: Any) -> Path:
     """A copy of the bundle with other tensors in the users' map."""
     shutil.copytree(bundle.path, copy)
     path = copy / "id_maps" / "001.safetensors"
@@ -200,10 +200,10 @@ def with_map(bundle: Bundle, copy: Path, **changed: Any) -> Path:
     return copy
 
 
-def test_another_map_fails_the_golden_rows(bundle: Bundle, tmp_path: Path) -> None:
+def test_another_map_fails_the_golden_rows(bundle: Bundle, tmp_path: Path, reseal: Reseal) -> None:
     rows = bundle.scorer.id_maps["user"].rows_K
     with pytest.raises(InputError, match=r"is refused: golden row \d+ scores"):
-        load_bundle(with_map(bundle, tmp_path / "copy", rows=rows[[1, 0, 2]]))
+        load_bundle(with_map(bundle, tmp_path / "copy", reseal, rows=rows[[1, 0, 2]]))
 
 
 @pytest.mark.parametrize(
@@ -216,12 +216,12 @@ def test_another_map_fails_the_golden_rows(bundle: Bundle, tmp_path: Path) -> No
         {"step": np.array([], np.int64)},
     ],
 )
-def test_a_map_that_is_none_is_named(bundle: Bundle, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_a_map_that_is_none_is_named(bundle: Bundle, tmp_path: Path, reseal: Reseal, changed: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"id_maps/001\.safetensors"):
-        load_bundle(with_map(bundle, tmp_path / "copy", **changed))
+        load_bundle(with_map(bundle, tmp_path / "copy", reseal, **changed))
 
 
-def test_a_missing_map_is_named(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_missing_map_is_named(bundle: Bundle, tmp_path: Path, reseal: Reseal) -> None:
     shutil.copytree(bundle.path, tmp_path / "copy")
     (tmp_path / "copy" / "id_maps" / "002.safetensors").unlink()
     with pytest.raises(InputError, match=r"id_maps/002\.safetensors is missing"):
@@ -233,17 +233,13 @@ def test_a_missing_map_is_named(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_a_map_without_ids_scores_everyone_as_never_seen(bundle: Bundle, tmp_path: Path) -> None:
     nobody = {name: id_map({}) for name in maps()}
-    weights = {name: load_file(f)["weight"] for name, f in zip(
-        bundle.scorer.model.table_names, sorted((bundle.path / "members/00/embeddings").glob("*")), strict=True
-    )}  # fmt: skip
     write_bundle(
         tmp_path / "bundle",
         name="managed",
         config=CONFIG,
         schema=SCHEMA,
         pipeline=PIPELINE,
-        network=bundle.scorer.model.dense_state(),
-        tables={name: torch.from_numpy(weight) for name, weight in weights.items()},
+        members=[Member.of(bundle.scorer.models[0])],
         sampling_rate=RATE,
         run_id=None,
         evaluate=lambda scorer: {},
@@ -256,7 +252,7 @@ def test_a_map_without_ids_scores_everyone_as_never_seen(bundle: Bundle, tmp_pat
     assert bundle.scorer.score(one)[0] != bundle.scorer.score(one)[1]
 
 
-def test_a_bundle_from_before_there_were_managed_ids_loads(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_from_before_there_were_managed_ids_loads(bundle: Bundle, tmp_path: Path, reseal: Reseal) -> None:
     schema = Schema.model_validate(
         {**SCHEMA.plain(), "context": [], "fields": [SCHEMA.fields[0].plain() | {"type": "categorical"}]}
     )
@@ -269,8 +265,7 @@ def test_a_bundle_from_before_there_were_managed_ids_loads(bundle: Bundle, tmp_p
         config=CONFIG,
         schema=schema,
         pipeline=pipeline,
-        network=model.dense_state(),
-        tables={"shop": torch.randn(7, DIM)},
+        members=[Member(model.dense_state(), {"shop": torch.randn(7, DIM)})],
         sampling_rate=RATE,
         run_id=None,
         evaluate=lambda scorer: {},

@@ -18,6 +18,7 @@ from masknet.model import MaskNet
 from serving.api_errors import ApiError
 from serving.bundle import fields_of, load_bundle, tables_of, write_bundle
 from serving.engine import RankingEngine
+from serving.members import Member
 from serving.requests import parse_predict, parse_rank
 from serving.routes import create_app
 
@@ -159,7 +160,7 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     network = MaskNet(config, tables_of(pipeline), fields_of(pipeline)).dense_state()
     tables = {table.name: torch.randn(table.rows, 4) for table in tables_of(pipeline)}
     path = tmp_path_factory.mktemp("dated") / "bundle"
-    rest = {"schema": DATED, "pipeline": pipeline, "network": network, "tables": tables, "sampling_rate": 1.0}
+    rest = {"schema": DATED, "pipeline": pipeline, "members": [Member(network, tables)], "sampling_rate": 1.0}
     write_bundle(path, name="dated", config=config, run_id=None, evaluate=lambda scorer: {}, **rest)
     app = create_app()
     app.state.engine = RankingEngine(load_bundle(path), "1")

@@ -191,7 +191,7 @@ def test_unknown_paths_and_methods_have_the_same_body(client: TestClient) -> Non
 
 def test_a_failure_inside_is_500_without_details(bundle: Bundle) -> None:
     class Broken(RankingEngine):
-        def predict(self, rows: Any) -> Any:
+        def rank(self, *_: Any) -> Any:
             raise RuntimeError("secret path /etc/models")
 
     app = create_app()

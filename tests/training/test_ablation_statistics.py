@@ -7,7 +7,8 @@ from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
 from features import metrics
-from training.ablation.statistics import METRICS, Difference, Resampled, clusters_of, compare, holm
+from training.ablation.statistics import METRICS, Difference, Resampled, compare
+from training.evaluation.clusters import clusters_of, holm
 
 POINT = {
     "auc": metrics.auc,
@@ -82,8 +83,8 @@ def test_replicates_are_the_metrics_of_resampled_clusters() -> None:
     assert len(resampled.weight_RG) == 101
     for r, weight_G in enumerate(resampled.weight_RG):
         drawn = np.repeat(np.arange(600), weight_G[cluster_N].astype(int))
-        label, score = label_N[drawn], score_N[drawn].astype(np.float64)
-        gaps = [abs((score - label)[bin_N[drawn] == b].sum()) for b in range(20)]
+        label, score = label_N[drawn], score_N[drawn]
+        gaps = [abs((score.astype(np.float64) - label)[bin_N[drawn] == b].sum()) for b in range(20)]
         assert logloss_R[r] == pytest.approx(metrics.logloss(label, score), abs=1e-12)  # the same sums, reordered
         assert ne_R[r] == pytest.approx(metrics.normalized_entropy(label, score), abs=1e-12)
         assert ece_R[r] == pytest.approx(sum(gaps) / len(drawn), abs=1e-12)

@@ -65,6 +65,12 @@ def same_bits(left: FitResult, right: FitResult) -> None:
 
 
 VARIANTS = {
+    "adam, row-wise, averages and their statistics": [
+        "train.average={name: ema, span: 0.7}",
+        "model.hidden_norm=batch",
+        "model.dropout=0.3",
+        "model.embedding_dropout=0.2",
+    ],
     "adam, row-wise": ["model.dropout=0.3"],
     "power, adagrad, plateau": [
         "model.hidden_norm=power",

@@ -28,6 +28,7 @@ from masknet.norms.base import Norm
 from masknet.norms.none import NoNorm
 from masknet.removal import begin_removal
 from serving.bundle import Bundle, load_bundle, write_bundle
+from serving.members import Member
 from serving.scorer import Scorer
 from training import train as train_module
 from training.cli import app
@@ -116,15 +117,13 @@ def untrained(mine: Config, dataset: PreparedDataset, out: Path) -> Bundle:
         for name, parameter in model.network.named_parameters():
             if "norm" in name:
                 parameter.uniform_(-1.5, 1.5, generator=generator)
-    tables = {t: bag.weight for t, bag in zip(model.table_names, model.embeddings.embedding_bags.values(), strict=True)}
     return write_bundle(
         out,
         name="untrained",
         config=mine.model,
         schema=dataset.schema,
         pipeline=dataset.pipeline,
-        network=model.dense_state(),
-        tables={name: table.detach() for name, table in tables.items()},
+        members=[Member.of(model)],
         sampling_rate=1.0,
         run_id=None,
         evaluate=lambda scorer: {},
@@ -146,8 +145,9 @@ def scores(scorer: Scorer, dataset: PreparedDataset) -> np.ndarray:
 
 
 def test_training_starts_at_the_models_weights(first: Bundle, planted_data: Path, tmp_path: Path) -> None:
-    """At a rate of next to nothing it also ends there. Another dropout is no other shape."""
-    mine = small(tmp_path, *NO_RATES, "train.epochs=1", "train.seed=9", "model.dropout=0.1")
+    """At a rate of next to nothing it also ends there. Another dropout, or start of embeddings, is no other shape."""
+    free = ["model.dropout=0.1", "model.embedding_dropout=0.1", "model.embedding_init=0.5"]
+    mine = small(tmp_path, *NO_RATES, "train.epochs=1", "train.seed=9", *free)
     result = train(mine, planted_data, tmp_path / "out", QUIET, Start(first))
     assert result is not None
     before, after = weights_of(first.path), weights_of(Path(result["bundle"]))
@@ -271,13 +271,13 @@ def test_norms_are_removed(
     bundle = load_bundle(Path(result["bundle"]))
     assert (bundle.config.hidden_norm.name, bundle.config.embedding_norm.name) == ("affine", "affine")
     assert bundle.config.embedding_norm.parameters["centred"]
-    assert not has_norms(bundle.scorer.model.network)
+    assert not has_norms(bundle.scorer.models[0].network)
     # the network before it was folded, put together by hand
     model = build_model(mine.model, planted_set)
     begin_removal(model.network, mine.model)
     model.load_weights(kept[0].network, [kept[0].tables[name] for name in model.table_names])
     assert has_norms(model.network)
-    unfolded = Scorer(planted_set.pipeline, model, 1.0)
+    unfolded = Scorer(planted_set.pipeline, [model], 1.0)
     # fp32: sums in another order, scores below 1
     np.testing.assert_allclose(scores(bundle.scorer, planted_set), scores(unfolded, planted_set), rtol=0, atol=1e-6)
     found = auc(planted_set.split("test")[LABEL].to_numpy(), scores(bundle.scorer, planted_set))
@@ -303,7 +303,7 @@ def test_norms_are_removed_by_two_processes(
     result = json.loads(answer.stdout)
     assert result["best_epoch"] == 2
     bundle = load_bundle(tmp_path / result["bundle"])
-    assert not has_norms(bundle.scorer.model.network)
+    assert not has_norms(bundle.scorer.models[0].network)
     before, after = (scores(each.scorer, planted_set) for each in (first, bundle))
     label_N = planted_set.split("test")[LABEL].to_numpy()
     assert auc(label_N, after) == pytest.approx(auc(label_N, before), abs=0.03)
@@ -347,7 +347,7 @@ def test_running_norms_go_without_a_fine_tune(planted_set: PreparedDataset, tmp_
     assert not has_norms(model.network)
     expected = scores(bundle.scorer, planted_set)
     assert expected.std() > 0.003  # thousands of times the tolerance: fp32, sums in another order
-    np.testing.assert_allclose(scores(Scorer(planted_set.pipeline, model, 1.0), planted_set), expected, atol=1e-6)
+    np.testing.assert_allclose(scores(Scorer(planted_set.pipeline, [model], 1.0), planted_set), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("hidden", ["batch", "prepbn"])
@@ -360,4 +360,4 @@ def test_running_norms_are_removed_by_training(
     result = train(mine, planted_data, tmp_path / "out", QUIET, start)
     assert result is not None
     assert result["best_epoch"] in ({3} if hidden == "prepbn" else {2, 3})
-    assert not has_norms(load_bundle(Path(result["bundle"])).scorer.model.network)
+    assert not has_norms(load_bundle(Path(result["bundle"])).scorer.models[0].network)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from features.dataset import LABEL, PreparedDataset
@@ -18,8 +19,10 @@ from features.splits import SplitRule
 from serving.bundle import Bundle, load_bundle
 from training.config import Config, load_config
 from training.distributed import join_world
+from training.embeddings.fresh_rows import Fresh
 from training.embeddings.managed import ManagedIds
 from training.errors import Stopped
+from training.fit.average import WeightAverage
 from training.fit.dataset import Going, fit_data_of_days
 from training.fit.days import open_data
 from training.fit.starting import Start, Weights
@@ -103,6 +106,35 @@ def test_each_day_is_scored_by_the_model_of_the_days_before(
     assert losses[2] > 0.9  # what was learned is wrong on the third day, before it is trained on
     assert result["metrics"]["progressive"] == result["history"][2]
     assert scored(load_bundle(Path(result["bundle"])), day(home, 3))[0] < losses[2] - 0.2  # and unlearned on it
+
+
+def test_averages_are_scored_and_kept(home: Path, first: Bundle, tmp_path: Path) -> None:
+    """The second day is scored by what a training on the first one alone ends with."""
+    seen: list[Weights] = []
+
+    def fit(name: str, *days: int) -> Weights:
+        def evaluate(weights: Weights, number: int) -> dict[str, float | None]:
+            seen.append(weights)
+            return {}
+
+        config = small(tmp_path, f"train.average.name={name}")
+        folder = tmp_path / f"{name}-{len(days)}"
+        going = Going(checkpoints=folder, failed=folder, observer=Silent())
+        with join_world() as world:
+            data = open_data([day(home, number) for number in days])
+            weights = fit_data_of_days(config, data, world, going, Start(first), evaluate).weights
+        assert weights is not None
+        return weights
+
+    ends = {name: fit(name, 1) for name in ("none", "ema")}
+    fit("ema", 1, 2)
+    start, scored_second = seen[-2:]
+    for name, weight in ends["ema"].network.items():
+        assert torch.equal(weight, scored_second.network[name])
+    for name, table in ends["ema"].tables.items():
+        assert torch.equal(table, scored_second.tables[name])
+        assert not torch.equal(table, ends["none"].tables[name])
+        assert torch.equal(start.tables[name], Start(first).weights.tables[name])
 
 
 def test_days_that_were_stopped_go_on_in_the_middle_of_a_day(home: Path, first: Bundle, tmp_path: Path) -> None:
@@ -195,14 +227,25 @@ def test_a_day_of_few_steps_gives_new_ids_rows(home: Path, tmp_path: Path, monke
     updates: list[int] = []
     honest = ManagedIds.update
 
-    def update(managed: ManagedIds, *arguments: Any) -> None:
+    def update(managed: ManagedIds, *arguments: Any) -> Fresh:
         updates.append(1)
-        honest(managed, *arguments)
+        return honest(managed, *arguments)
 
+    def renew(average: WeightAverage, fresh: Fresh) -> None:
+        honest_renew(average, fresh)
+        [shard] = average.state_dict()["model.embeddings.embedding_bags.t001.weight"].local_shards()
+        for rows_E, weight_Ed in fresh.values():
+            renewed.extend(rows_E.tolist())
+            assert torch.equal(shard.tensor[rows_E], weight_Ed)
+
+    renewed: list[int] = []
+    honest_renew = WeightAverage.renew
     monkeypatch.setattr(ManagedIds, "update", update)
+    monkeypatch.setattr(WeightAverage, "renew", renew)
     managed = Schema.model_validate({"name": "days", "label": {"column": "click"}, "fields": fields})
     prepare(managed, {"train": [str(home / "1.parquet")]}, tmp_path / "day")
-    result = train(small(tmp_path, "train.managed_steps=100"), tmp_path / "day", tmp_path / "out", QUIET)
+    config = small(tmp_path, "train.managed_steps=100", "train.average.name=ema")
+    result = train(config, tmp_path / "day", tmp_path / "out", QUIET)
     assert result is not None
     assert result["steps"] == 15
     assert len(updates) == 14  # rows that change hands after the last step would stay as they were drawn
@@ -211,6 +254,7 @@ def test_a_day_of_few_steps_gives_new_ids_rows(home: Path, tmp_path: Path, monke
     assert len(hash_N) == 8
     assert sorted(id_map.rows(hash_N)) == sorted(set(id_map.rows(hash_N)))  # a row of its own for each
     assert id_map.rows(hash_N).min() > UNKNOWN
+    assert sorted(renewed) == sorted(id_map.rows(hash_N))
 
 
 def test_plateau_goes_by_the_days_log_loss(home: Path, first: Bundle, tmp_path: Path) -> None:

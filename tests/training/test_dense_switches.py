@@ -346,7 +346,7 @@ def test_an_interaction_is_learned(
     assert result["metrics"]["test"]["auc"] > 0.85
     torch.manual_seed(mine.train.seed)
     first = state_of(build_model(mine.model, PreparedDataset.open(planted_data), "meta").network)
-    last = state_of(load_bundle(Path(result["bundle"])).scorer.model.network)
+    last = state_of(load_bundle(Path(result["bundle"])).scorer.models[0].network)
     assert all(not np.array_equal(last[name], first[name]) for name in first)
     for names in projected_sets("parallel", True):
         if project:  # fp32, which a factor rounds by 6e-8 in each of 76 steps, and a sum of 128 squares by some more

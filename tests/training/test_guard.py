@@ -85,11 +85,13 @@ def test_a_loss_out_of_bounds_ends_training_before_its_update(
         run(small("train.batch_size=512"), dataset, tmp_path)
 
 
+@pytest.mark.parametrize("average", ["none", "ema"])
 def test_a_skipped_batch_leaves_no_trace(
-    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: str
 ) -> None:
     poison(monkeypatch, float("nan"), 1)
-    config = small("train.batch_size=100000", "train.on_nan=skip")  # one step in the epoch
+    # one step in the epoch
+    config = small("train.batch_size=100000", "train.on_nan=skip", f"train.average.name={average}")
     fitted = run(config, dataset, tmp_path)
     assert fitted.position.skipped == 1
     assert fitted.weights is not None

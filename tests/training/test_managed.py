@@ -21,11 +21,12 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.model import MaskNet, initial_rows
 from serving.bundle import fields_of, tables_of
-from training.config import Config
+from training.config import AverageConfig, Config
 from training.distributed import World, join_world
 from training.embeddings.fresh_rows import _clear, _renew, _Shard
 from training.embeddings.managed import ManagedIds
 from training.embeddings.sharding import fill_tables, gather_tables, shard, unwrapped
+from training.fit.average import WeightAverage
 from training.fit.checkpoints import plain_tensors
 from training.fit.task import ClickTask
 from training.optim.optimizers import build_optimizer
@@ -102,6 +103,12 @@ def step(dmp: DistributedModelParallel, optimizer: CombinedOptimizer, batch: Bat
 def items_of(dmp: DistributedModelParallel) -> torch.Tensor:
     """The items' table [R, d]."""
     return gather_tables(dmp, [table.name for table in TABLES])["item"]
+
+
+def averages_of(average: WeightAverage, dmp: DistributedModelParallel) -> torch.Tensor:
+    """Of the items' table [R, d]."""
+    with average.in_place():
+        return items_of(dmp)
 
 
 def item_state(optimizer: CombinedOptimizer) -> torch.Tensor | None:
@@ -181,6 +188,7 @@ def test_validation_counts_nothing(world: World) -> None:
 def test_rows_that_change_hands_start_anew(world: World, optimizer: str, sharding: str) -> None:
     managed = new_ids(world)
     dmp, trained_by = sharded(config(optimizer, sharding), world)
+    average = WeightAverage(dmp, AverageConfig(name="ema", span=1.0))
     for items in (["a", "a", "a", "b", "b", "b", "c", "c", "d"], ["a", "b", "c", "d"], ["a", "b", "c", "d"]):
         step(dmp, trained_by, managed.observe(batch_of(list(items))))
         managed.update(dmp, trained_by)
@@ -188,9 +196,14 @@ def test_rows_that_change_hands_start_anew(world: World, optimizer: str, shardin
     others = [row for row in range(ROWS) if row != cold]
     step(dmp, trained_by, managed.observe(batch_of(["e"] * 6 + ["a"])))
     old, old_state = items_of(dmp), item_state(trained_by)
-    managed.update(dmp, trained_by)
+    average.update(4, 4)
+    old_mean = averages_of(average, dmp)
+    average.renew(managed.update(dmp, trained_by))
     assert rows_of(managed, "e", "d") == [cold, 1]
-    new, new_state = items_of(dmp), item_state(trained_by)
+    new, new_state, new_mean = items_of(dmp), item_state(trained_by), averages_of(average, dmp)
+    assert (new_mean[cold] == new[cold]).all()
+    assert (old_mean[cold] != old[cold]).all()
+    assert (new_mean[others] == old_mean[others]).all()
     assert (new[others] == old[others]).all()
     assert (new[cold] != old[cold]).all()
     assert old[cold].abs().max() > 0.1  # training has moved it far from what it started with
@@ -243,6 +256,17 @@ def test_fresh_rows_differ_by_table_and_update_and_not_by_sharding(world: World)
         found[sharding] = torch.stack(drawn)
     assert len({tuple(row.tolist()) for row in found["table_wise"]}) == 4
     torch.testing.assert_close(found["column_wise"], found["table_wise"], rtol=0, atol=0)
+
+
+def test_fresh_rows_have_the_deviation_that_is_asked(world: World) -> None:
+    rows = {}
+    for std in (0.01, 0.3):
+        managed = ManagedIds(PIPELINE, TABLES, dim=DIM, seed=1, world=world, std=std)
+        dmp, optimizer = sharded(config("sgd", "table_wise"), world)
+        managed.observe(batch_of(["a"]))
+        managed.update(dmp, optimizer)
+        rows[std] = items_of(dmp)[rows_of(managed, "a")]
+    torch.testing.assert_close(rows[0.3], 30 * rows[0.01], rtol=1e-5, atol=0)
 
 
 def random_batches(count: int) -> list[Batch]:

@@ -57,6 +57,14 @@ def test_columns_are_shared_evenly_and_bytes_are_those_of_weights_and_state(spar
     assert plan.balance == 1.0
 
 
+def test_averages_take_four_bytes_a_weight() -> None:
+    config = configured(sharding={"dtype": "fp16"}, train={"average": {"name": "ema"}})
+    with torch.device("meta"):
+        model = MaskNet(config.model, TABLES, FIELDS, device="meta")
+    plan = described(plan_offline(model, TABLES, config, "cpu", world_size=1, per_machine=1), TABLES, config, "cpu", 1)
+    assert plan.rank_bytes == [49 * (DIM * (2 + 4) + 4)]  # weights, averages, and a statistic for every row
+
+
 def test_tables_are_placed_one_by_one() -> None:
     tables = {"user": {"type": "data_parallel"}, "item": {"dtype": "fp16"}}
     plan = planned(3, {"type": "table_wise", "tables": tables}, "sgd")

@@ -22,7 +22,8 @@ from training.embeddings.managed import ManagedIds
 from training.embeddings.sharding import fill_tables, gather_tables, shard
 from training.fit.checkpoints import Checkpoints
 from training.fit.epochs import fit_epochs
-from training.fit.loop import Loop, Setting
+from training.fit.loop import Loop
+from training.fit.setting import Setting
 from training.fit.starting import Weights
 from training.fit.task import ClickTask
 from training.progress import Silent

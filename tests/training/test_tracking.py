@@ -89,7 +89,7 @@ def test_everything_that_is_recorded_arrives(store: str, about: dict[str, Any], 
     report = tmp_path / "out" / "report"
     with a_run(store, about, tmp_path / "out") as run:
         run.series("train_loss", 1, [0.75, 0.5, 0.25])
-        run.metrics(3, {"auc": 0.5, "none": None, "nan": float("nan")})
+        run.metrics(3, {"auc": 0.5, "none": None, "nan": float("nan"), "ndcg@10": 0.25})
         run.tags({"masknet.extra": "yes"})
         run.text("table_wise", "plan.txt")
         report.mkdir()
@@ -98,6 +98,7 @@ def test_everything_that_is_recorded_arrives(store: str, about: dict[str, Any], 
     found = mlflow.MlflowClient().get_run(run.run_id)
     assert history(run.run_id, "train_loss") == [(1, 0.75), (2, 0.5), (3, 0.25)]
     assert history(run.run_id, "auc") == [(3, 0.5)]
+    assert history(run.run_id, "ndcg_at_10") == [(3, 0.25)], "MLflow refuses @"
     assert "none" not in found.data.metrics
     assert found.data.metrics["nan"] != found.data.metrics["nan"]
     assert found.data.metrics["system/process_memory_megabytes"] > 100
@@ -209,7 +210,7 @@ def test_without_mlflow_everything_waits_on_disk_until_it_is_sent_elsewhere(
     # an evaluation knows the run by the id that the bundle was written with
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "report.html").write_text("page")
-    attach_report(run.local_id, tmp_path / "report", "test")
+    attach_report(run.local_id, [tmp_path / "report" / "report.html"], "test")
     names = [artifact.path for artifact in mlflow.MlflowClient().list_artifacts(later.run_id, "report/test")]
     assert names == ["report/test/report.html"]
 

@@ -24,9 +24,8 @@ from serving.models import locate
 from training.baselines import baseline_scores
 from training.config import Config, load_config
 from training.errors import Failure
-from training.evaluate import MODEL, evaluate, rows_of_dataset, rows_of_files
+from training.evaluation.evaluate import MODEL, evaluate, rows_of_dataset, rows_of_files
 from training.fit.starting import Start
-from training.promote import promote
 from training.train import train
 
 QUIET = Console(quiet=True)
@@ -87,7 +86,7 @@ def test_tables_are_trained_and_unseen_rows_are_not(bundle: Bundle, dataset: Pre
     for index, field in enumerate(dataset.pipeline.fields):
         table = Table(name=field.name, features=(field.name,), rows=field.encoder.num_ids, pooling=field.pooling)
         before = initial_rows(table, config.model.embedding_dim, config.train.seed)
-        after = dict(bundle.scorer.model.named_parameters())[f"embeddings.embedding_bags.{table_key(index)}.weight"]
+        after = dict(bundle.scorer.models[0].named_parameters())[f"embeddings.embedding_bags.{table_key(index)}.weight"]
         column = dataset.split("train")[field.name].combine_chunks()
         used = np.unique((column.values if field.spec.type == "list" else column).to_numpy())
         used = np.union1d(used, [UNKNOWN]) if field.name in dataset.pipeline.hidden else used
@@ -123,7 +122,7 @@ def test_the_same_seed_gives_the_same_bundle(
     for name in ("one", "two"):
         result = train(small(tmp_path, "train.epochs=1", "model.dropout=0.2"), planted_data, tmp_path / name, QUIET)
         assert result is not None
-        state = load_bundle(Path(result["bundle"])).scorer.model.state_dict()
+        state = load_bundle(Path(result["bundle"])).scorer.models[0].state_dict()
         weights.append(torch.cat([value.flatten() for value in state.values()]))
     assert torch.equal(weights[0], weights[1])
 
@@ -185,12 +184,6 @@ def test_the_training_split_is_evaluated_as_it_is_served(
     np.testing.assert_allclose(bundle.scorer.score_encoded(rows), bundle.scorer.score(raw.to_arrow()), atol=1e-6)
 
 
-@pytest.mark.parametrize("alias", ["", "v1", "latest", "a b"])
-def test_aliases_that_the_registry_keeps_for_itself(config: Config, alias: str) -> None:
-    with pytest.raises(InputError, match="alias"):
-        promote("models:/movielens-ranker/1", alias)
-
-
 def test_model_names(bundle_path: Path) -> None:
     run_id = load_bundle(bundle_path).manifest["run_id"]
     for name in ("models:/movielens-ranker@candidate", "models:/movielens-ranker/1", run_id, f"runs:/{run_id}"):
@@ -212,33 +205,6 @@ def test_the_python_function_loads_without_pickle_and_scores_alike(bundle: Bundl
     frame = pl.read_parquet(raw_rows).head(50).to_pandas()
     found = mlflow.pyfunc.load_model(located.uri).predict(frame)
     np.testing.assert_allclose(found, bundle.scorer.score(frame), rtol=0, atol=1e-6)
-
-
-def test_promotion_records_who_replaced_whom(
-    config: Config, data: Path, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    client = mlflow.MlflowClient()
-    first = promote("models:/movielens-ranker/1", "best")
-    assert (first["model_uri"], first["alias"], first["replaced"]) == ("models:/movielens-ranker/1", "best", None)
-    again = promote("models:/movielens-ranker/1", "best")
-    assert (again["replaced"], again["reason"]) == (None, "was best already")
-    result = train(config, data, tmp_path / "out", QUIET)
-    assert result is not None
-    second = promote(result["model_uri"], "best")
-    assert second["replaced"] == "models:/movielens-ranker/1"
-    version = result["model_uri"].rpartition("/")[2]
-    assert str(client.get_model_version_by_alias("movielens-ranker", "best").version) == version
-    assert client.get_model_version("movielens-ranker", version).tags["masknet.best.replaced"] == "1"
-    assert client.get_model_version("movielens-ranker", "1").tags["masknet.best.replaced_by"] == version
-    back = promote("models:/movielens-ranker/1", "best")
-    assert back["replaced"] == result["model_uri"]
-    tags = client.get_model_version("movielens-ranker", "1").tags
-    assert tags["masknet.best.replaced"] == version
-    assert not {"masknet.best.until", "masknet.best.replaced_by"} & tags.keys()
-    client.set_registered_model_alias("movielens-ranker", "candidate", "1")  # as the other tests expect it
-    with pytest.raises(InputError, match="is a folder"):
-        promote(str(bundle_path))
 
 
 def test_evaluation_of_files_and_of_prepared_data_agree(

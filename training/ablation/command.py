@@ -27,7 +27,7 @@ from training.ablation.tracked import TrackedStudy
 from training.bench.machine import cpu_name
 from training.config import NAME, load_config
 from training.fit.starting import require_trainable
-from training.report import number
+from training.numbers import number
 
 
 @dataclass(frozen=True, kw_only=True)

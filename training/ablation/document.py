@@ -8,7 +8,7 @@ from features.files import file_written_whole
 from training.ablation.report import forest, surfaces
 from training.ablation.tables import FAMILIES, mean_of, p_value, ratio_range, with_margin
 from training.ablation.verdict import cautions, verdict
-from training.report import number
+from training.numbers import number
 
 PICTURES = "pictures"  # folder beside the document
 

@@ -1,15 +1,9 @@
 """Runs of an ablation: one training each, in worker processes, with a result file that a restart finds again."""
 
 import math
-import multiprocessing
-import os
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +15,7 @@ import numpy as np
 from features.errors import one_line
 from features.files import file_written_whole, read_json, write_json
 from training.config import Config
+from training.workers import Workers
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 DIAGNOSED_ROWS = 20_000  # of the test split
@@ -58,7 +53,7 @@ class Job:
 def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[Job, dict[str, Any]], None]) -> None:
     """Run jobs in worker processes; `done` is called here with each result, also of those that an earlier run has.
 
-    A job that fails is a result with that status. So is one whose process dies; its workers are then started anew.
+    A job that fails is a result with that status. So is one whose process dies; a restart tries it again.
     """
     waiting = []
     for job in jobs:
@@ -67,70 +62,12 @@ def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[Job, dict[str,
             waiting.append(job)
         else:
             done(job, found)
-    while waiting:
-        waiting = _run(waiting, processes, done)
+    left = iter(waiting)
+    Workers(lambda: next(left, None), run_job, _lost, done).run(processes)
 
 
-def _run(jobs: list[Job], processes: int, done: Callable[[Job, dict[str, Any]], None]) -> list[Job]:
-    """Run jobs until all are done or a worker dies; returns what is left."""
-    left = list(jobs)
-    with _workers(processes) as pool:
-        running: dict[Future[dict[str, Any]], Job] = {}
-        while left or running:
-            try:
-                while left and len(running) < processes:
-                    with _without_interrupts():
-                        running[pool.submit(run_job, left[0])] = left[0]
-                    del left[0]
-                # With a limit, since a signal that another thread has taken wakes no waiting main thread.
-                ended = wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done
-                for future in sorted(ended, key=lambda future: future.exception() is not None):
-                    result = future.result()
-                    done(running.pop(future), result)
-            except BrokenProcessPool:
-                # Which of the running jobs killed its process is not known: each is told as failed, and a restart of
-                # the command tries them again.
-                for lost in running.values():
-                    done(lost, _record(lost, {"status": FAILED, "reason": "its process died"}))
-                return left
-    return left
-
-
-@contextmanager
-def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores evenly, and end with this block."""
-    cores = len(os.sched_getaffinity(0))
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // processes)))
-    os.environ.setdefault("POLARS_MAX_THREADS", str(threads))  # for the workers; here Polars has started already
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(threads,))
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()  # their jobs have no result yet: the same command runs them again
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """A process started in this block never sees a terminal's Ctrl-C, which reaches all of them: this one ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(threads: int) -> None:
-    from training.quiet import quiet_libraries
-
-    quiet_libraries()
-    import torch
-
-    torch.set_num_threads(threads)
+def _lost(job: Job) -> dict[str, Any]:
+    return _record(job, {"status": FAILED, "reason": "its process died"})
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -209,7 +146,7 @@ def _measure(job: Job, dataset: Any, model: Any, id_maps: dict[str, Any]) -> dic
 
     assert job.scores is not None  # the caller has looked
     test = _split(job.data, "test")
-    score_N = Scorer(dataset.pipeline, model, dataset.schema.sampling_rate, id_maps).score_encoded(test)
+    score_N = Scorer(dataset.pipeline, [model], dataset.schema.sampling_rate, id_maps).score_encoded(test)
     with file_written_whole(job.scores) as aside, aside.open("wb") as file:
         np.save(file, score_N, allow_pickle=False)
     label_N = test[LABEL].to_numpy()

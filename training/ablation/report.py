@@ -18,7 +18,7 @@ from training.ablation.pictures_landscape import landscape_picture
 from training.ablation.study import MOST_BEYOND, TUNING_SEED
 from training.ablation.tables import FAMILIES, mean_of, p_value, with_margin
 from training.ablation.verdict import cautions, detectable, verdict
-from training.report import number
+from training.numbers import number
 
 if TYPE_CHECKING:
     from training.ablation.results import Answer

@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from scipy.special import entr
 from scipy.stats import t as student
 
-from features.metrics import ECE_BINS
+from features.metrics import log_losses, reliability_edges
+from training.evaluation.clusters import drawn_weights, holm
+from training.evaluation.delong import pairs_won
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
 METRICS = ("auc", "logloss", "ne", "ece")
 LEVEL, POWER = 0.05, 0.8
-_CLIP = float(np.finfo(np.float64).eps)  # as features.metrics.logloss
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,6 @@ class CellStatistics:
 
     estimates: dict[str, Estimate | None]
     differences: dict[str, Difference | None]
-
-
-def clusters_of(group_N: npt.ArrayLike | None, rows: int, most: int = 10_000, seed: int = 0) -> Ints:
-    """Cluster of each row, 0 to G − 1 and none empty: a cluster per group, random ones once groups exceed `most`.
-
-    A row without a group (None) is a group of its own, and so is every row where there are no groups. Random clusters
-    of independent groups give their variance in expectation, with a relative error of √(2/G) however large the data.
-    """
-    if group_N is None:
-        code_N, groups = np.arange(rows), rows
-    else:
-        code_N, known = pd.factorize(np.asarray(group_N))
-        alone = code_N < 0
-        groups = len(known) + int(alone.sum())
-        code_N[alone] = np.arange(len(known), groups)
-    if groups <= most:
-        return code_N
-    return (np.random.default_rng(seed).permutation(groups) % most)[code_N]
 
 
 def compare(
@@ -135,13 +117,9 @@ class Resampled:
 
     @classmethod
     def of(cls, label_N: Floats, cluster_N: Ints, replicates: int, seed: int) -> "Resampled":
-        """G − 1 of the G clusters drawn with replacement: that many makes the variance unbiased (Rao and Wu, 1988)."""
-        click_N, clusters = label_N > 0, int(cluster_N.max()) + 1
-        if clusters < 2:
-            raise ValueError("fewer than two clusters: the test set has no spread to resample")
-        share_G = np.full(clusters, 1 / clusters)
-        weight_RG = np.ones((1 + replicates, clusters))
-        weight_RG[1:] = np.random.default_rng(seed).multinomial(clusters - 1, share_G, replicates)
+        """Draw the clusters, see `drawn_weights`."""
+        click_N = label_N > 0
+        weight_RG = drawn_weights(int(cluster_N.max()) + 1, replicates, seed)
         rows_R = weight_RG @ np.bincount(cluster_N)
         clicks_R = weight_RG @ np.bincount(cluster_N, click_N)
         both_R = (clicks_R > 0) & (clicks_R < rows_R)
@@ -161,12 +139,10 @@ class Resampled:
         """
         if not np.isfinite(score_N).all():
             raise ValueError("a score is not finite")
-        score, click_N = score_N.astype(np.float64), self.click_N
-        clipped = np.clip(score, _CLIP, 1 - _CLIP)
-        won_N = _pairs_won(click_N, score_N)
-        columns = (-np.where(click_N, np.log(clipped), np.log1p(-clipped)), won_N * click_N, won_N * ~click_N)
+        click_N, won_N = self.click_N, pairs_won(self.click_N, score_N)
+        columns = (log_losses(click_N, score_N), won_N * click_N, won_N * ~click_N)
         sum_KG = [np.bincount(self.cluster_N, column_N) for column_N in columns]
-        sum_RK = self.weight_RG @ np.concatenate([sum_KG, self._bin_gaps(score)]).T
+        sum_RK = self.weight_RG @ np.concatenate([sum_KG, self._bin_gaps(score_N)]).T
         negatives_R, rate_R = self.rows_R - self.clicks_R, self.clicks_R / self.rows_R
         logloss_R = sum_RK[:, 0] / self.rows_R
         entropy_R = entr(rate_R) + entr(1 - rate_R)
@@ -179,20 +155,10 @@ class Resampled:
 
     def _bin_gaps(self, score_N: Floats) -> npt.NDArray[Any]:
         """Sums of score − label by bin of features.metrics.reliability and cluster; the bins stay as they are here."""
-        edges = np.unique(np.quantile(score_N, np.arange(1, ECE_BINS) / ECE_BINS, method="lower"))
+        edges = reliability_edges(score_N)
         cell_N = np.searchsorted(edges, score_N, side="right") * self.clusters + self.cluster_N
-        gaps = np.bincount(cell_N, score_N - self.click_N, (len(edges) + 1) * self.clusters)
+        gaps = np.bincount(cell_N, score_N.astype(np.float64) - self.click_N, (len(edges) + 1) * self.clusters)
         return gaps.reshape(-1, self.clusters)
-
-
-def _pairs_won(click_N: npt.NDArray[np.bool_], score_N: Floats) -> Floats:
-    """For a click the others that score below it, for another row the clicks that score above it; ties are half."""
-    _, place_N = np.unique(score_N, return_inverse=True)
-    clicks_K = np.bincount(place_N, click_N)
-    others_K = np.bincount(place_N) - clicks_K
-    below_K = np.cumsum(others_K) - others_K / 2
-    above_K = clicks_K.sum() - np.cumsum(clicks_K) + clicks_K / 2
-    return np.where(click_N, below_K[place_N], above_K[place_N])
 
 
 @dataclass(frozen=True)
@@ -251,12 +217,3 @@ def _estimate(value: dict[int, Floats], clusters: int) -> Estimate | None:
     by_seed = {s: float(value_R[0]) for s, value_R in value.items()}
     sd_seeds = float(np.std(list(by_seed.values()), ddof=1)) if len(by_seed) > 1 else None
     return Estimate(mean.mean, *mean.interval(), by_seed, sd_seeds)
-
-
-def holm(p: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm, 1979)."""
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(steps, 1.0)
-    return [float(value) for value in corrected]

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from training.report import number
+from training.numbers import number
 
 FAMILIES = {
     "normalization": "Normalizations",

@@ -13,6 +13,7 @@ from features.errors import InputError, one_line
 from training.ablation.jobs import DONE, Job
 from training.ablation.study import Study
 from training.config import Config
+from training.tracking.mlflow_run import metric_name
 from training.tracking.opening import flat
 
 _NO_TIME = 0
@@ -85,7 +86,9 @@ class TrackedStudy:
             if value is not None
         ]
         test = result.get("test", {})
-        metrics += [Metric(f"test_{key}", value, _NO_TIME, 0) for key, value in test.items() if value is not None]
+        metrics += [
+            Metric(metric_name(f"test_{key}"), value, _NO_TIME, 0) for key, value in test.items() if value is not None
+        ]
         note = [] if done else [RunTag("masknet.reason", str(result["reason"])[:5000])]
         self._client.log_batch(run_id, metrics=metrics, params=params, tags=note)
         self._client.set_terminated(run_id, "FINISHED" if done else "FAILED")

@@ -43,8 +43,10 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = MaskNet(config.model, tables, fields, device="meta")
         self.dmp = shard(ClickTask(self.model, config.train.precision, world.device.type), tables, config, world)
-        dim, seed = config.model.embedding_dim, config.train.seed
-        fill_tables(self.dmp, tables, lambda table: initial_rows(table, dim, seed))
+        shape, seed = config.model, config.train.seed
+        fill_tables(
+            self.dmp, tables, lambda table: initial_rows(table, shape.embedding_dim, seed, shape.embedding_init)
+        )
         self.optimizer = build_optimizer(self.dmp, config, self.model.network)
         guard = Guard(self.dmp, self.model, config, world, Path("failed"), Stopwatch())
         self.pipeline = build_pipeline(self.dmp, self.optimizer, config, world, guard)

@@ -14,6 +14,9 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from training.embeddings.sharding import table_of
 
+Rows = tuple[torch.Tensor, torch.Tensor]  # ascending rows [E] of a table, and weights [E, d]
+Fresh = dict[str, Rows]  # by TorchRec's name of the table
+
 
 class _Shard(NamedTuple):
     """A part of a table on this rank, and its first row and column in the table."""
@@ -27,27 +30,33 @@ class _Shard(NamedTuple):
 def renew_rows(
     dmp: DistributedModelParallel,
     optimizer: CombinedOptimizer,
-    fresh: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    fresh: Mapping[str, Rows],
 ) -> None:
     """Set rows of tables in this rank's shards, in place, and what the optimizer knows of them to zero.
 
     Args:
         dmp: the sharded model, which no batch is on its way to.
         optimizer: its optimizer, fused ones included.
-        fresh: by TorchRec's name of a table, ascending rows [E] and their weights [E, d]; the same on every rank.
+        fresh: which rows, and the weights that they start with; the same on every rank.
     """
     states = {table_of(name): state for name, state in optimizer.state_dict()["state"].items()}
     # Taking the state dictionary has written what FBGEMM's caches of tables in host memory hold.
-    for name, value in dmp.state_dict().items():
-        rows_E, weight_Ed = fresh.get(table_of(name), (None, None))
-        if rows_E is None or weight_Ed is None:
-            continue
-        shards = _local_shards(value)
-        for shard in shards:
-            _renew(shard, rows_E, weight_Ed)
+    weights = {name: value for name, value in dmp.state_dict().items() if table_of(name) in fresh}
+    renew_weights(weights, fresh)
+    for name, value in weights.items():
+        rows_E, _ = fresh[table_of(name)]
         for kept in states.get(table_of(name), {}).values():
-            _clear(kept, shards, rows_E)
+            _clear(kept, _local_shards(value), rows_E)
     _drop_caches(dmp)
+
+
+@torch.no_grad()
+def renew_weights(weights: Mapping[str, Any], fresh: Mapping[str, Rows]) -> None:
+    """Set rows of this rank's shards of tables, in place, in a model's state or one like it; `fresh` as above."""
+    for name, value in weights.items():
+        if (found := fresh.get(table_of(name))) is not None:
+            for shard in _local_shards(value):
+                _renew(shard, *found)
 
 
 def _local_shards(value: Any) -> list[_Shard]:

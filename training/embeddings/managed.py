@@ -17,9 +17,10 @@ from features.encoders import Managed
 from features.id_maps import IdMap
 from features.pipeline import FeaturePipeline
 from masknet.model import Table, initial_rows, table_key
+from masknet.values import INIT_STD
 from training.distributed import World
 from training.embeddings.counted_ids import CountedIds
-from training.embeddings.fresh_rows import renew_rows
+from training.embeddings.fresh_rows import Fresh, renew_rows
 from training.embeddings.id_table import IdTable
 
 _STEP, _COUNTED = "step", "counted"
@@ -35,6 +36,7 @@ class ManagedIds:
         seed: decides what rows start with that change hands.
         world: this process.
         frozen: the tables are not trained; then no id gets a row either, which would stay as it is drawn.
+        std: standard deviation of what rows start with that change hands.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ManagedIds:
         seed: int,
         world: World,
         frozen: bool = False,
+        std: float = INIT_STD,
     ) -> None:
         self._owners = pipeline.managed
         self._tables = {table.name: (table_key(index), table) for index, table in enumerate(tables)}
@@ -55,7 +58,8 @@ class ManagedIds:
             if isinstance(field.encoder, Managed) and field.owner == field.name
         }
         self._counted = {name: CountedIds() for name in self._ids}
-        self._dim, self._seed, self._world, self._frozen = dim, seed, world, frozen
+        self._dim, self._seed, self._std = dim, seed, std
+        self._world, self._frozen = world, frozen
         self._step = 0
 
     @property
@@ -98,7 +102,7 @@ class ManagedIds:
         mapped = mapped.pin_memory() if ids.values().is_pinned() else mapped
         return replace(batch, ids=mapped)
 
-    def update(self, dmp: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
+    def update(self, dmp: DistributedModelParallel, optimizer: CombinedOptimizer) -> Fresh:
         """Let the ids seen since the last update have rows, by the tables' policies; every rank must call this.
 
         Rows that change hands start anew: with weights as fresh rows have them, drawn for this update, and without any
@@ -107,8 +111,11 @@ class ManagedIds:
         Args:
             dmp: the sharded model, which no batch is on its way to.
             optimizer: its optimizer, fused ones included.
+
+        Returns:
+            By TorchRec's name of a table, the rows that have changed hands [E] and their weights [E, d].
         """
-        fresh: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        fresh: Fresh = {}
         for name, ids in self._ids.items():
             counted_U3 = self._counted[name].over_ranks(self._world)
             self._counted[name].clear()
@@ -120,10 +127,12 @@ class ManagedIds:
                 fresh[key] = rows_E, self._fresh_weights(table, len(rows_E))
         if fresh:
             renew_rows(dmp, optimizer, fresh)
+        return fresh
 
     def _fresh_weights(self, table: Table, rows: int) -> torch.Tensor:
         """Initial weights [rows, d] that no other table or update draws."""
-        return initial_rows(replace(table, name=f"{table.name}/{self._step}", rows=rows), self._dim, self._seed)
+        drawn = replace(table, name=f"{table.name}/{self._step}", rows=rows)
+        return initial_rows(drawn, self._dim, self._seed, self._std)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All maps and counts as int64 tensors, the same on every rank; every rank must call this.

@@ -15,7 +15,7 @@ from masknet.model import Table, table_key
 from training.config import Config
 from training.sections import TableSharding
 
-DENSE = "dense"
+DENSE, IN_HOST_MEMORY = "dense", ("fused_uvm", "fused_uvm_caching")
 BY_COLUMNS = ("column_wise", "table_column_wise")
 OF_WHOLE_ROWS = ("rowwise_adagrad", "partial_rowwise_adam", "lamb")  # optimizers with a number per row, or shard of one
 _COLUMNS = 4  # FBGEMM's vectors: a shard's width is a multiple of it
@@ -99,9 +99,15 @@ def _placement(config: Config, table: Table, world_size: int, device: str) -> Pl
         _require(keys["type"], kind, device, can.types)
     if kernel is not None:
         _require(keys["kernel"], kernel, device, can.kernels)
+        if kernel in IN_HOST_MEMORY and config.train.average.name != "none":
+            _refuse(
+                f"{keys['kernel']} {kernel}",
+                "does not go with train.average, which keeps averages beside the tables, in the device's memory",
+                [each for each in can.kernels if each not in IN_HOST_MEMORY],
+            )
     _require(keys["dtype"], dtype, device, can.dtypes)
     kinds = (kind,) if kind is not None else _chosen_from(config, device, kernel)
-    kernels = (kernel,) if kernel is not None else _kernels_of(kinds, can)
+    kernels = (kernel,) if kernel is not None else _kernels_of(kinds, can, config)
     _require_pair(keys, kinds, kernels, dtype, config)
     width = config.model.embedding_dim
     if device == "cuda" and width % _COLUMNS:
@@ -129,8 +135,11 @@ def _chosen_from(config: Config, device: str, kernel: str | None) -> tuple[str, 
     return ("table_wise", *(BY_COLUMNS if by_columns else ()), *by_rows)
 
 
-def _kernels_of(kinds: tuple[str, ...], can: Abilities) -> tuple[str, ...]:
-    return (DENSE,) if kinds == ("data_parallel",) else tuple(kernel for kernel in can.kernels if kernel != DENSE)
+def _kernels_of(kinds: tuple[str, ...], can: Abilities, config: Config) -> tuple[str, ...]:
+    if kinds == ("data_parallel",):
+        return (DENSE,)
+    out = (DENSE,) if config.train.average.name == "none" else (DENSE, *IN_HOST_MEMORY)
+    return tuple(kernel for kernel in can.kernels if kernel not in out)
 
 
 def _require_pair(

@@ -27,7 +27,7 @@ _CUT = (*BY_COLUMNS, "grid_shard")
 
 @dataclass(frozen=True)
 class PlacedShard:
-    """A rank's part of a table, and the memory that its weights and the optimizer's state of it take there."""
+    """A rank's part of a table, and the memory of its weights and of their state: the optimizer's, and averages."""
 
     rank: int
     rows: int
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def rank_bytes(self) -> list[int]:
-        """Bytes of tables and their optimizer's state, by rank."""
+        """Bytes of tables and their state, by rank."""
         shards = [shard for table in self.tables for shard in table.shards]
         return [sum(shard.bytes for shard in shards if shard.rank == rank) for rank in range(self.world_size)]
 
@@ -124,7 +124,7 @@ def plan_tables(plan: Plan) -> Group:
         sizes = (f"{table.rows:,}", str(table.dim))
         by_table.add_row(Text(table.name), *sizes, table.dtype, table.type, table.kernel, _where(table.shards), size)
     by_rank = Grid(title="bytes by rank", title_justify="left", box=box.SIMPLE)
-    for name in ("rank", "weights", "optimizer state", "together"):
+    for name in ("rank", "weights", "state", "together"):
         by_rank.add_column(name, justify="right")
     for rank in range(plan.world_size):
         own = [shard for table in plan.tables for shard in table.shards if shard.rank == rank]
@@ -162,11 +162,12 @@ def _placed(asked: Placement, found: ParameterSharding, config: Config, world_si
 
 
 def _state_bytes(config: Config, rows: int, columns: int) -> int:
-    """Of an optimizer's state in fp32, for a shard of so many rows and columns."""
+    """Of an optimizer's state and of averages in fp32, for a shard of so many rows and columns."""
     per_weight = {"adagrad": 1, "adam": 2, "lamb": 2, "partial_rowwise_adam": 1}
     per_row = {"rowwise_adagrad": 1, "partial_rowwise_adam": 1}
     name = config.optimizer.sparse.name
-    return 4 * rows * (columns * per_weight.get(name, 0) + per_row.get(name, 0))
+    averages = int(config.train.average.name != "none")
+    return 4 * rows * (columns * (per_weight.get(name, 0) + averages) + per_row.get(name, 0))
 
 
 def _notes(tables: tuple[PlacedTable, ...], config: Config, device: str) -> list[str]:

@@ -22,9 +22,10 @@ from training.fit.checkpoints import Checkpoints, plain_tensors, read_whole, ver
 from training.fit.days import fit_days
 from training.fit.epochs import fit_epochs
 from training.fit.identity import identity_of
-from training.fit.loop import Loop, Setting
+from training.fit.loop import Loop
 from training.fit.observer import Observer
 from training.fit.precision import set_precision
+from training.fit.setting import Setting
 from training.fit.starting import Start, Weights, prepare_model
 from training.fit.state import Position
 from training.fit.task import ClickTask
@@ -148,21 +149,22 @@ def _sharded(
     """The task over all processes with the weights to start from, and the managed ids' rows."""
     keep_freed_memory()
     set_precision(config.train.precision, world.device)
-    train, tables, device = config.train, tables_of(dataset.pipeline), world.device.type
+    train, shape, tables, device = config.train, config.model, tables_of(dataset.pipeline), world.device.type
     model = prepare_model(config, dataset, start)
-    task = ClickTask(model, train.precision, device, embedding_l2=config.optimizer.embedding_l2)
+    penalty, dropout = config.optimizer.embedding_l2, shape.embedding_dropout
+    task = ClickTask(model, train.precision, device, embedding_l2=penalty, embedding_dropout=dropout)
     dmp = shard(task, tables, config, world, frozen=train.train_only_affine)
     if world.is_main:
         plan = described(dmp.plan, tables, config, device, world.size)
         observer.planned(plan_text(plan), plan.notes)
-    given, dim = start.weights if start is not None else None, config.model.embedding_dim
+    given, dim, std = start.weights if start is not None else None, shape.embedding_dim, shape.embedding_init
 
     def rows_of(table: Table) -> torch.Tensor:
-        return given.tables[table.name] if given is not None else initial_rows(table, dim, train.seed)
+        return given.tables[table.name] if given is not None else initial_rows(table, dim, train.seed, std)
 
     fill_tables(dmp, tables, rows_of)
     managed = ManagedIds(
-        dataset.pipeline, tables, dim=dim, seed=train.seed, world=world, frozen=train.train_only_affine
+        dataset.pipeline, tables, dim=dim, seed=train.seed, world=world, frozen=train.train_only_affine, std=std
     )
     if given is not None:
         managed.start_from(given.id_maps)

@@ -73,7 +73,7 @@ def fit_days(loop: Loop, names: list[str], score: Score) -> Position:
     while position.epoch < len(setting.passes):
         day = position.epoch
         if len(position.history) == day:  # or training goes on in the middle of it
-            with loop.paused():
+            with loop.published():
                 metrics = from_rank_0(score(day))
             assert metrics is not None  # rank 0 has some
             if (loss := metrics.get("logloss")) is not None:
@@ -83,7 +83,8 @@ def fit_days(loop: Loop, names: list[str], score: Score) -> Position:
                 setting.observer.day_scored(names[day], day, position.step, metrics)
         loop.train_pass()
         if position.epoch == len(setting.passes):
-            loop.keep_as_best()
+            with loop.published():
+                loop.keep_as_best()
         loop.save()
     setting.checkpoints.wait()
     return position

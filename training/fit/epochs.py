@@ -7,7 +7,6 @@ from masknet.norms import settled_from
 from training.config import EarlyStop
 from training.errors import Failure
 from training.fit.loop import Loop
-from training.fit.recalibration import recalibrated
 from training.fit.state import Position
 from training.fit.validation import validate
 
@@ -51,8 +50,7 @@ def _has_stalled(position: Position, early_stop: EarlyStop) -> bool:
 def _validated(loop: Loop, valid: BatchLoader, metric: str, rate: float, *, may_be_best: bool) -> dict[str, float]:
     """An epoch's metrics; its weights are kept if they are the best so far."""
     setting, position = loop.setting, loop.position
-    _, train = setting.passes[position.epoch - 1]
-    with loop.paused(), recalibrated(loop.dmp, loop.network, train, setting.world, setting.managed):
+    with loop.published():
         metrics = {
             "train_loss": position.mean_loss(),
             **validate(loop.dmp, valid, setting.managed, setting.world, rate),

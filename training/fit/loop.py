@@ -1,27 +1,23 @@
 """The training loop: passes over data, in segments at whose ends nothing is in flight, with checkpoints on the way."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from features.batches import Batch
-from features.loader import BatchLoader
 from masknet.networks import Network
 from masknet.norms import set_progress
 from training.config import Config
-from training.distributed import World
-from training.embeddings.managed import ManagedIds
 from training.embeddings.sharding import unwrapped
 from training.errors import Failure, Stopped
-from training.fit.checkpoints import Checkpoints, best_name, step_name
+from training.fit.average import WeightAverage
+from training.fit.checkpoints import best_name, step_name
 from training.fit.guard import Guard, build_pipeline
-from training.fit.observer import Observer
+from training.fit.recalibration import recalibrated
 from training.fit.reporting import Reporter
+from training.fit.setting import Setting
 from training.fit.state import Position, Training
 from training.fit.stopwatch import Stopwatch
 from training.fit.task import ClickTask
@@ -29,33 +25,6 @@ from training.optim.optimizers import build_optimizer
 from training.optim.schedule import Schedule
 
 MANAGED_UPDATES = 10  # times at least that new ids get rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a training needs beside its model and configuration.
-
-    Attributes:
-        passes: this rank's batches of every pass over data, in turn, with the passes' names.
-        managed: maps the ids of managed fields to rows.
-        checkpoints: where they are written, and read when resuming.
-        failed: folder for a batch that ends training.
-        world: this process.
-        observer: told of what happens.
-        stop_asked: whether this process was asked to stop.
-        resume: whether to go on from the newest checkpoint, if there is one.
-        identity: what must be the same in a training and its resumption.
-    """
-
-    passes: list[tuple[str, BatchLoader]]
-    managed: ManagedIds
-    checkpoints: Checkpoints
-    failed: Path
-    world: World
-    observer: Observer
-    stop_asked: Callable[[], bool] = lambda: False
-    resume: bool = False
-    identity: dict[str, Any] = field(default_factory=dict)
 
 
 class Loop:
@@ -79,8 +48,17 @@ class Loop:
         # A training of a few steps, on a day, say, has to learn ids too.
         self._managed_steps = min(config.train.managed_steps, max(1, self._steps // MANAGED_UPDATES))
         self.schedule = Schedule(config.schedule, self._optimizer, self._steps)
+        average = config.train.average
+        self._average = WeightAverage(dmp, average) if average.name != "none" else None
         self._training = Training(
-            dmp, self._optimizer, self.schedule, setting.managed, self.position, setting.world, setting.identity
+            dmp=dmp,
+            optimizer=self._optimizer,
+            schedule=self.schedule,
+            managed=setting.managed,
+            average=self._average,
+            position=self.position,
+            world=setting.world,
+            identity=setting.identity,
         )
         self._stopwatch = Stopwatch()
         self._guard = Guard(dmp, task.model, config, setting.world, setting.failed, self._stopwatch)
@@ -110,7 +88,9 @@ class Loop:
             self._run(batches, self._segment_end(len(loader)) - position.epoch_step, len(loader))
             # Not after the last step: rows that change hands start with random weights, which would stay.
             if position.step % self._managed_steps == 0 and position.step < self._steps:
-                self.setting.managed.update(self.dmp, self._optimizer)
+                fresh = self.setting.managed.update(self.dmp, self._optimizer)
+                if self._average is not None:
+                    self._average.renew(fresh)
             if self._reporter.stopping:
                 self.save()
                 self.setting.checkpoints.wait()
@@ -123,13 +103,24 @@ class Loop:
         set_progress(self.network, position.epoch / len(self.setting.passes))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """For the length of a block the model may be called itself, without the pipeline's prefetched inputs."""
-        self._pipeline.detach()
-        try:
+    def published(self) -> Iterator[None]:
+        """For the length of a block, between passes, the model is what training would end with, and may be called.
+
+        Its weights are the averages where there are some, and its running statistics those of evaluation.
+        """
+        setting, done = self.setting, self.position.epoch
+        with ExitStack() as stack:
+            self._pipeline.detach()  # without its prefetched inputs
+            stack.callback(self._pipeline.attach)
+            if self._average is not None:
+                stack.enter_context(self._average.in_place())
+            if done:
+                _, rows = setting.passes[done - 1]
+                averaged = self._average is not None
+                stack.enter_context(
+                    recalibrated(self.dmp, self.network, rows, setting.world, setting.managed, averaged=averaged)
+                )
             yield
-        finally:
-            self._pipeline.attach()
 
     def save(self) -> None:
         """A checkpoint of where training is."""
@@ -138,7 +129,7 @@ class Loop:
         self.setting.checkpoints.save(step_name(self.position.step), self._training.tensors(), self._training.state())
 
     def keep_as_best(self, value: float | None = None) -> None:
-        """The weights of the pass that is done become what training ends with; `value` is what has decided on it."""
+        """What is `published` after the pass that is done becomes what training ends with, as `value` has decided."""
         position = self.position
         name = best_name(position.epoch - 1)
         tensors = {"model": self.dmp.state_dict(), "id_maps": self.setting.managed.state_dict()}
@@ -166,6 +157,9 @@ class Loop:
             except StopIteration:
                 break
             position.step, position.epoch_step = position.step + 1, position.epoch_step + 1
+            if self._average is not None:
+                with self._stopwatch.of("average"):
+                    self._average.update(position.step, of)
             self._reporter.add(output, skipped=self._guard.rejected)
         self._reporter.flush()
 

@@ -9,6 +9,9 @@ class Observer:
     def planned(self, text: str, notes: Sequence[str]) -> None:
         """Where the tables are, as a table of text, and what a person should know of it."""
 
+    def member_started(self, number: int, of: int) -> None:
+        """Of an ensemble's `of` members the one with this number, from 0, is trained from here on."""
+
     def pass_started(self, name: str, steps: int, done: int) -> None:
         """A pass of `steps` steps begins, or goes on after `done` of them."""
 

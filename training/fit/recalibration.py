@@ -1,8 +1,9 @@
-"""Running statistics as evaluation needs them: of a network without dropout.
+"""Running statistics as evaluation needs them: of a network without dropout, and of the weights that are evaluated.
 
 Behind a dropout of p the mean square that a running norm sees in training is 1 / (1 − p) times what it is in
-evaluation, where nothing is dropped and nothing scaled. The statistics are therefore taken anew before every
-validation, from training rows and with dropout off; training then goes on with its own.
+evaluation, where nothing is dropped and nothing scaled; and averages of weights have statistics of their own. These
+are therefore taken anew before every validation, from training rows and with dropout off; training then goes on with
+its own.
 """
 
 from collections.abc import Iterator
@@ -24,15 +25,21 @@ BATCHES = 20  # the first ten are averaged evenly, later ones count a tenth
 
 @contextmanager
 def recalibrated(
-    dmp: DistributedModelParallel, network: nn.Module, loader: BatchLoader, world: World, managed: ManagedIds
+    dmp: DistributedModelParallel,
+    network: nn.Module,
+    loader: BatchLoader,
+    world: World,
+    managed: ManagedIds,
+    *,
+    averaged: bool = False,
 ) -> Iterator[None]:
     """For the length of a block, running norms hold statistics of `loader`'s rows without dropout.
 
-    Does nothing where no running norm stands behind a dropout: parallel blocks read none. Every rank must call this.
+    Does nothing where no running norm stands behind a dropout, unless the weights are `averaged`. Every rank must call
+    this.
     """
     norms = [module for module in network.modules() if isinstance(module, RunningNorm)]
-    drops = [m for m in network.modules() if isinstance(m, nn.Dropout | nn.AlphaDropout) and m.p > 0]
-    if not norms or not drops or isinstance(network, ParallelMaskNet):
+    if not norms or not (averaged or _reads_dropout(dmp, network)):
         yield
         return
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -49,3 +56,9 @@ def recalibrated(
         for norm, buffers in zip(norms, kept, strict=True):
             for name, buffer in norm.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+def _reads_dropout(dmp: DistributedModelParallel, network: nn.Module) -> bool:
+    """Whether norms stand behind a dropout: all do behind that of embeddings, and parallel blocks behind no other."""
+    kinds = (nn.Dropout1d,) if isinstance(network, ParallelMaskNet) else (nn.Dropout1d, nn.Dropout, nn.AlphaDropout)
+    return any(isinstance(module, kinds) and module.p > 0 for module in dmp.modules())

@@ -15,8 +15,11 @@ from masknet.model import MaskNet
 from masknet.norms.base import Norm
 from masknet.removal import begin_removal, finish_removal
 from serving.bundle import Bundle, fields_of, tables_of
+from serving.members import Member
 from training.config import Config
 from training.errors import Failure
+
+_FREE = ("dropout", "embedding_dropout", "embedding_init")  # keys of `model` that are none of a trained model's shape
 
 
 @dataclass
@@ -38,10 +41,9 @@ class Start:
     @cached_property
     def weights(self) -> Weights:
         """Its weights, the tables by name."""
-        model = self.bundle.scorer.model
-        bags = model.embeddings.embedding_bags.values()
-        tables = {name: bag.weight.detach() for name, bag in zip(model.table_names, bags, strict=True)}
-        return Weights(model.dense_state(), tables, self.bundle.scorer.id_maps)
+        [model] = self.bundle.scorer.models
+        member = Member.of(model)
+        return Weights(member.network, member.tables, self.bundle.scorer.id_maps)
 
 
 def require_trainable(config: Config, dataset: PreparedDataset, valid: pa.Table | None) -> None:
@@ -67,6 +69,8 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
             "--remove-norms ends the scale invariance that optimizer.dense.normalize_and_project relies on"
         )
     name = f"model {start.bundle.name}"
+    if (members := len(start.bundle.scorer.models)) > 1:
+        raise InputError(f"{name} is an ensemble of {members}: training goes on from one model")
     if dataset.pipeline.digest != start.bundle.pipeline.digest:
         raise InputError(
             f"prepared data {dataset.path} was encoded by another pipeline than that of {name}, where training starts: "
@@ -79,7 +83,7 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
             f"({their_rate}), where training starts: its scores are corrected by that"
         )
     theirs = start.bundle.config.model_dump()
-    other = [key for key, value in config.model.model_dump().items() if key != "dropout" and theirs[key] != value]
+    other = [key for key, value in config.model.model_dump().items() if key not in _FREE and theirs[key] != value]
     if other:
         raise InputError(f"config: model.{other[0]} is not that of {name} ({theirs[other[0]]}), where training starts")
 

@@ -14,6 +14,7 @@ from features.errors import InputError, one_line
 from features.files import read_json
 from training.distributed import World
 from training.embeddings.managed import ManagedIds
+from training.fit.average import WeightAverage
 from training.fit.checkpoints import STATE, plain_tensors, read_tensors
 from training.fit.identity import require_same
 from training.optim.optimizers import prepare_for_load
@@ -56,6 +57,7 @@ class Training:
     optimizer: CombinedOptimizer
     schedule: Schedule
     managed: ManagedIds
+    average: WeightAverage | None
     position: Position
     world: World
     identity: dict[str, Any]  # what must be the same when training is resumed
@@ -106,7 +108,8 @@ class Training:
             _set_random_state(self.world, replicated["random"]["states"][self.world.rank].clone())
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self.dmp.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {"model": self.dmp.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return parts if self.average is None else {**parts, "average": self.average.state_dict()}
 
 
 def _random_state(world: World) -> torch.Tensor:

@@ -27,11 +27,22 @@ class ClickTask(nn.Module):
         precision: of the network.
         device_type: "cpu" or "cuda".
         embedding_l2: λ of a penalty λ/2 · ‖embeddings‖² that every row's loss has besides.
+        embedding_dropout: share p of a row's fields whose embedding the network sees as 0 in training, and those of the
+            others as 1 / (1 − p) times what they are.
     """
 
-    def __init__(self, model: MaskNet, precision: Precision, device_type: str, *, embedding_l2: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: MaskNet,
+        precision: Precision,
+        device_type: str,
+        *,
+        embedding_l2: float = 0.0,
+        embedding_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.dropout = nn.Dropout1d(embedding_dropout)  # of whole "channels", which here are fields
         self._precision: Precision = precision
         self._device_type = device_type
         self._embedding_l2 = embedding_l2
@@ -40,7 +51,7 @@ class ClickTask(nn.Module):
         """The loss to minimize, Σ weight · loss over this rank's rows, and what to report: losses without penalty."""
         with computing(self._precision, self._device_type):
             emb_BFD = self.model.embed(batch.ids, batch.values_BV, batch.missing_BV)
-            logit_B = self.model.network(emb_BFD).float()
+            logit_B = self.model.network(self.dropout(emb_BFD)).float()
         loss_B = functional.binary_cross_entropy_with_logits(logit_B, batch.label_B, reduction="none")
         loss = (loss_B * batch.weight_B).sum()
         output = StepOutput(loss.detach(), logit_B.detach(), batch.label_B)

@@ -184,12 +184,18 @@ def run_with_local_id(client: mlflow.MlflowClient, local_id: str, experiments: l
     return str(runs[0].info.run_id) if runs else None
 
 
+def metric_name(name: str) -> str:
+    """A metric's name as MLflow takes it, which refuses "@": ndcg@10 is ndcg_at_10 there."""
+    return name.replace("@", "_at_")
+
+
 def _batches(records: list[Record]) -> list[dict[str, list[Any]]]:
     """What `log_batch` takes, in as few calls as its limits allow."""
     found: dict[str, list[Any]] = {kind: [] for kind in _LIMITS}
     for record in records:
         if record["kind"] == "metrics":
-            found["metrics"] += [Metric(key, value, record["time"], step) for key, value, step in record["values"]]
+            time = record["time"]
+            found["metrics"] += [Metric(metric_name(key), value, time, step) for key, value, step in record["values"]]
         elif record["kind"] in ("params", "tags"):
             entity = Param if record["kind"] == "params" else RunTag
             found[record["kind"]] += [entity(key, str(value)) for key, value in record["values"].items()]

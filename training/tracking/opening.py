@@ -6,7 +6,7 @@ sent when it is back, or by the same command with --resume.
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,15 +115,16 @@ def _teller(console: Console) -> Callable[[str], None]:
     return tell
 
 
-def attach_report(run_id: str | None, folder: Path, split: str) -> None:
-    """Store an evaluation's files under the run that trained the model, where that run is known here."""
+def attach_report(run_id: str | None, files: Sequence[Path], place: str) -> None:
+    """Store an evaluation's files as report/PLACE of the run that trained the model, where that run is known here."""
     with suppress(MlflowException):  # a bundle's folder may have come from elsewhere
         client = mlflow.MlflowClient()
         if run_id is not None and run_id.startswith(OFFLINE):  # trained while MLflow was away
             everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
             run_id = run_with_local_id(client, run_id, everywhere)
         if run_id is not None:
-            client.log_artifacts(run_id, str(folder), f"report/{split}")
+            for file in files:  # the folder is the user's, and may hold more
+                client.log_artifact(run_id, str(file), f"report/{place}")
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

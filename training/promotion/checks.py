@@ -1,0 +1,134 @@
+"""The checks that a challenger must pass, as functions of numbers alone.
+
+Legend: N rows, K bins, G clusters of rows, R draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from features.metrics import calibration, expected_calibration_error, logloss, reliability_edges
+from training.evaluation.clusters import clusters_of
+from training.evaluation.results import Comparison, Difference
+from training.numbers import number, p_value, signed
+from training.promotion.config import PromotionConfig, SliceRule
+
+FloatN = npt.NDArray[np.floating]
+_NOT_WORSE = ("logloss", "auc")
+_DRAWS, _SHARE = 1000, 0.95  # of what chance does to calibration
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule and what was found.
+
+    Attributes:
+        name: what is checked: "logloss", "auc", "calibration", "ece", "rows", or a slice's name.
+        passed: whether the rule is kept.
+        value: the number it is about; None where it is not defined.
+        threshold: what the number, or its p, is held against.
+        shown: the value as a person reads it.
+        rule: the threshold as a person reads it.
+        p: of a difference.
+    """
+
+    name: str
+    passed: bool
+    value: float | None
+    threshold: float
+    shown: str
+    rule: str
+    p: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shown}, allowed: {self.rule}"
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """Those that were not passed."""
+    return [check for check in checks if not check.passed]
+
+
+def check_rows(rows: int, config: PromotionConfig) -> Check:
+    """Enough rows to tell anything: on few of them every model is "not told apart" from every other."""
+    rule = f"at least {config.min_rows:,}"
+    return Check("rows", rows >= config.min_rows, rows, config.min_rows, f"{rows:,}", rule)
+
+
+def check_differences(comparison: Comparison, config: PromotionConfig) -> list[Check]:
+    """Log loss and AUC of challenger − champion: neither may be worse by more than chance explains.
+
+    A difference that is not defined, as an AUC on rows of one class, is not passed.
+    """
+    return [_difference(name, comparison.differences.get(name), config.level) for name in _NOT_WORSE]
+
+
+def _difference(name: str, found: Difference | None, level: float) -> Check:
+    rule = f"not worse with p < {level:g}"
+    if found is None or found.value is None:
+        return Check(name, False, None, level, "is not defined on these rows", rule)
+    if found.p is None:
+        return Check(name, False, found.value, level, f"{signed(found.value)}, without a test on a single group", rule)
+    worse = found.value < 0 if name == "auc" else found.value > 0
+    refused = bool(worse and found.p < level)
+    interval = "" if found.low is None else f" ({signed(found.low)} to {signed(found.high)})"
+    shown = f"{signed(found.value)}{interval}, p {p_value(found.p)}"
+    return Check(name, not refused, found.value, level, shown, rule, found.p)
+
+
+def check_calibration(
+    label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None, config: PromotionConfig
+) -> list[Check]:
+    """Predicted over observed clicks, and ECE: within the threshold, or what chance does to a calibrated model."""
+    ratio, ece = calibration(label_N, score_N), expected_calibration_error(label_N, score_N)
+    error = None if ratio is None else abs(ratio - 1)
+    of_ratio, of_ece = by_chance(label_N, score_N, group_N)
+    allowed, rule = _allowed(config.max_calibration_error, of_ratio)
+    shown = "is not defined without a click" if ratio is None else number(ratio)
+    passed = error is not None and error <= allowed
+    checks = [Check("calibration", passed, ratio, allowed, shown, f"1 ± {rule}")]
+    allowed, rule = _allowed(config.max_ece, of_ece)
+    return [*checks, Check("ece", ece <= allowed, ece, allowed, number(ece), f"at most {rule}")]
+
+
+def _allowed(threshold: float, chance: float) -> tuple[float, str]:
+    if chance <= threshold:
+        return threshold, f"{threshold:g}"
+    return chance, f"{chance:.4f} (chance on so few rows; else {threshold:g})"
+
+
+def by_chance(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None) -> tuple[float, float]:
+    """|predicted / observed − 1| and ECE that a calibrated model of these scores stays below 19 times in 20.
+
+    By a wild bootstrap of clusters (Cameron, Gelbach and Miller, 2008): each cluster's sum of score − label by bin of
+    ECE keeps its size and gets a sign at random, so that nothing but chance is left. Rows of a group go together.
+    """
+    edges = reliability_edges(score_N)
+    cluster_N = clusters_of(group_N, len(score_N))
+    clusters = int(cluster_N.max()) + 1
+    cell_N = np.searchsorted(edges, score_N, side="right") * clusters + cluster_N
+    gap_KG = np.bincount(cell_N, score_N - label_N, (len(edges) + 1) * clusters).reshape(-1, clusters)
+    sign_RG = np.random.default_rng(0).integers(0, 2, (_DRAWS, clusters), dtype=np.int8) * 2.0 - 1.0
+    drawn_RK = sign_RG @ gap_KG.T
+    ratio_R = np.abs(drawn_RK.sum(axis=1)) / max(float(label_N.sum()), 1.0)
+    ece_R = np.abs(drawn_RK).sum(axis=1) / len(score_N)
+    return float(np.quantile(ratio_R, _SHARE)), float(np.quantile(ece_R, _SHARE))
+
+
+def check_slice(
+    rule: SliceRule, label_N: FloatN, challenger_N: FloatN, champion_N: FloatN, config: PromotionConfig
+) -> Check:
+    """Log loss of challenger − champion on the rows of a slice, held against the slice's own threshold."""
+    rows, most = len(label_N), rule.max_logloss_increase
+    text = f"log loss rises by at most {most:g}"
+    if rows < config.min_slice_rows:
+        return Check(rule.name, True, None, most, f"not judged: {rows:,} rows", text)
+    rise = logloss(label_N, challenger_N) - logloss(label_N, champion_N)
+    return Check(rule.name, rise <= most, rise, most, f"log loss {signed(rise)} on {rows:,} rows", text)

@@ -1,0 +1,192 @@
+"""`masknet tune` from its options to its files.
+
+OUT/
+  study.db            Optuna's study: every trial, finished or under way
+  trials/0017/        a trial's result, and while it runs its checkpoints
+  best.yaml           the best configuration, for `masknet train`
+  best-0017/          the trainings of that trial's configuration: seed-1/ …, as `masknet train` leaves them, and
+                      ensemble-1-2-3/, a training's folder too, of the seeds that are its members
+  result.json         the answer
+  trials.csv          a row per trial
+  mlflow.json         the MLflow runs of what is done
+  lock                held while a command works here
+"""
+
+import fcntl
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import optuna
+from rich.console import Console
+
+from features.dataset import PreparedDataset
+from features.errors import InputError
+from features.files import file_written_whole
+from training.ablation.study import digest_of
+from training.calibration import require_calibratable
+from training.config import NAME, Config, load_config, save_config
+from training.errors import Stopped
+from training.fit.starting import require_trainable
+from training.tuning.progress import TuningProgress
+from training.tuning.results import Answer, answer_of, trial_rows, write_answer
+from training.tuning.search import TRIAL_SEED, Metric, Question, Search, best_of, open_study
+from training.tuning.seeds import seed_jobs, train_seeds
+from training.tuning.space import Space
+from training.tuning.tracked import TrackedStudy
+from training.tuning.trained import Trained, require_ensemble_possible
+
+TRIALS = 50  # where neither a number nor a time is given
+_FILES = ("best.yaml", "result.json", "trials.csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """What `masknet tune` was asked for; see its --help."""
+
+    config: Path
+    data: Path
+    out: Path | None = None
+    name: str | None = None
+    trials: int | None = None
+    minutes: float | None = None
+    space: Path | None = None
+    jobs: int = 1
+    seeds: int = 5
+    ensemble: bool = False
+    metric: str | None = None
+    set: list[str] = field(default_factory=list)
+
+
+def run_tune(options: TuneOptions, console: Console) -> tuple[Answer, list[dict[str, Any]]]:
+    """Run or go on with a study, and train its best configuration; returns the answer and the trials' rows.
+
+    Raises:
+        InputError: configuration, space, data or options are wrong, or OUT holds another study or is in use.
+        Failure: no trial, or no seed of the best one, came to an end.
+        Stopped: a signal has asked for it; the same command goes on.
+    """
+    config = _config(options)
+    dataset = PreparedDataset.open(options.data)
+    question = _question(options, config, dataset)
+    require_trainable(config, dataset, dataset.split("valid"))
+    require_calibratable(config.calibration.method, dataset.split("valid"))
+    if options.ensemble:
+        require_ensemble_possible(dataset, options.seeds)
+    with _interruptible(), _alone(question.out):
+        study = open_study(question)
+        tracked = TrackedStudy(question.name, config, question.space, question.out, _teller(console))
+        tracked.open()
+        status = "FAILED"
+        try:
+            answer = _answer(options, config, question, study, dataset, tracked, console)
+            rows = trial_rows(study)
+            write_answer(answer, rows, question.out)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracked.close(study, status, [question.out / name for name in _FILES] if status == "FINISHED" else [])
+    return answer, rows
+
+
+def _config(options: TuneOptions) -> Config:
+    """The configuration, whose best epoch is decided on by the metric that decides on the best trial."""
+    if options.metric not in (None, *get_args(Metric)):
+        raise InputError(f"--metric {options.metric} is none of {', '.join(get_args(Metric))}")
+    decides = [] if options.metric is None else [f"train.early_stop.metric={options.metric}"]
+    return load_config(options.config, options.set + decides)
+
+
+def _with_train(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _question(options: TuneOptions, config: Config, dataset: PreparedDataset) -> Question:
+    name = options.name or config.experiment
+    if not re.fullmatch(NAME, name):
+        raise InputError(f"--name {name!r} may have letters, digits, spaces and . _ - only")
+    fixed = [given.partition("=")[0] for given in options.set]
+    unlimited = options.trials is None and options.minutes is None
+    return Question(
+        name=name,
+        space=Space.load(options.space, _with_train(config, seed=TRIAL_SEED), fixed),
+        data=options.data,
+        data_digest=digest_of(dataset),
+        out=options.out or Path("runs") / "tuning" / name,
+        metric=config.train.early_stop.metric,
+        trials=TRIALS if unlimited else options.trials,
+        minutes=options.minutes,
+        jobs=options.jobs,
+        seed=config.train.seed,
+    )
+
+
+def _answer(
+    options: TuneOptions,
+    config: Config,
+    question: Question,
+    study: optuna.Study,
+    dataset: PreparedDataset,
+    tracked: TrackedStudy,
+    console: Console,
+) -> Answer:
+    """Search, train the best, register it."""
+    with TuningProgress(console, question.metric, question.trials) as progress:
+
+        def told(trial: optuna.trial.FrozenTrial) -> None:
+            progress.trial_done(trial, study)
+            tracked.copy(study)
+
+        Search(question, study, dataset, told).run()
+        best = best_of(study)
+        found = _with_train(question.space.of(best.params), seed=config.train.seed)
+        with file_written_whole(question.out / "best.yaml") as aside:
+            save_config(found, aside)
+        jobs = seed_jobs(found, options.data, question.out / f"best-{best.number:04d}", options.seeds)
+        progress.seeds_begin(len(jobs))
+        results = train_seeds(jobs, options.jobs, progress.seed_done)
+    trained = Trained(found, dataset, jobs, results)
+    model = trained.ensemble(console) if options.ensemble else trained.best(console)
+    tracked.below(trained.run_ids() + ([model["run_id"]] if options.ensemble else []))
+    return answer_of(question, study, best, trained, model) | {"config": str(question.out / "best.yaml")}
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    def tell(message: str) -> None:
+        console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return tell
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """For the length of a block SIGTERM is as Ctrl-C, and either ends it in order."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped("stopped; the same command goes on with what is done") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """For the length of a block no other process works in `out`; a process that dies lets go of it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is in use by another masknet tune") from None
+        yield
