@@ -61,6 +61,12 @@ class OptimizerConfig(Frozen):
         description="λ of λ/2 · the squared norm of a row's embeddings, added to its loss: an id pays as often as it "
         "occurs",
     )
+    embedding_prior: float = Field(
+        default=0.0,
+        ge=0,
+        description="λ of λ/2 · the squared norm of every id's embedding, once a pass over the data however often the "
+        "id occurs: the rarer an id, the nearer to 0 it stays; not of managed ids",
+    )
 
 
 class ScheduleConfig(Frozen):

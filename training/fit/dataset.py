@@ -10,12 +10,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader, Share
-from masknet.model import Table, initial_rows, split_weights
+from masknet.model import MaskNet, Table, initial_rows, split_weights
 from serving.bundle import tables_of
 from training.config import Config
 from training.distributed import World
 from training.embeddings.managed import ManagedIds
 from training.embeddings.plan import described, plan_text
+from training.embeddings.prior import EmbeddingPrior, count_ids
 from training.embeddings.sharding import fill_tables, gather_tables, shard
 from training.fit.allocator import keep_freed_memory
 from training.fit.checkpoints import Checkpoints, plain_tensors, read_whole, verify
@@ -124,7 +125,7 @@ def _loop(
     start: Start | None,
 ) -> Iterator[Loop]:
     """The sharded model, its start and its checkpoints, as a training that can begin or go on."""
-    dmp, managed = _sharded(config, data[0], world, going.observer, start)
+    dmp, managed = _sharded(config, data, world, going.observer, start)
     checkpoints = Checkpoints(going.checkpoints, config.train.keep_checkpoints, world, going.observer.noted)
     setting = Setting(
         passes=passes,
@@ -144,15 +145,21 @@ def _loop(
 
 
 def _sharded(
-    config: Config, dataset: PreparedDataset, world: World, observer: Observer, start: Start | None
+    config: Config, data: list[PreparedDataset], world: World, observer: Observer, start: Start | None
 ) -> tuple[DistributedModelParallel, ManagedIds]:
     """The task over all processes with the weights to start from, and the managed ids' rows."""
     keep_freed_memory()
     set_precision(config.train.precision, world.device)
-    train, shape, tables, device = config.train, config.model, tables_of(dataset.pipeline), world.device.type
-    model = prepare_model(config, dataset, start)
-    penalty, dropout = config.optimizer.embedding_l2, shape.embedding_dropout
-    task = ClickTask(model, train.precision, device, embedding_l2=penalty, embedding_dropout=dropout)
+    dataset, train, shape, device = data[0], config.train, config.model, world.device.type
+    tables, model = tables_of(dataset.pipeline), prepare_model(config, dataset, start)
+    task = ClickTask(
+        model,
+        train.precision,
+        device,
+        embedding_l2=config.optimizer.embedding_l2,
+        prior=_prior(config.optimizer.embedding_prior, model, data, world),
+        embedding_dropout=shape.embedding_dropout,
+    )
     dmp = shard(task, tables, config, world, frozen=train.train_only_affine)
     if world.is_main:
         plan = described(dmp.plan, tables, config, device, world.size)
@@ -171,6 +178,12 @@ def _sharded(
     if world.size > 1:  # dropout draws by process; how much was drawn before depends on the plan
         torch.manual_seed(train.seed * 1_000_003 + world.rank)
     return dmp, managed
+
+
+def _prior(strength: float, model: MaskNet, data: list[PreparedDataset], world: World) -> EmbeddingPrior | None:
+    if not strength:
+        return None
+    return EmbeddingPrior(strength, count_ids(data, world), model.field_names, world.device)
 
 
 def _share(world: World) -> Share:

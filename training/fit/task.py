@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from features.batches import Batch
 from masknet.model import MaskNet
+from training.embeddings.prior import EmbeddingPrior
 from training.fit.precision import Precision, computing
 
 
@@ -27,6 +28,7 @@ class ClickTask(nn.Module):
         precision: of the network.
         device_type: "cpu" or "cuda".
         embedding_l2: λ of a penalty λ/2 · ‖embeddings‖² that every row's loss has besides.
+        prior: a further penalty of every row.
         embedding_dropout: share p of a row's fields whose embedding the network sees as 0 in training, and those of the
             others as 1 / (1 − p) times what they are.
     """
@@ -38,6 +40,7 @@ class ClickTask(nn.Module):
         device_type: str,
         *,
         embedding_l2: float = 0.0,
+        prior: EmbeddingPrior | None = None,
         embedding_dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class ClickTask(nn.Module):
         self.dropout = nn.Dropout1d(embedding_dropout)  # of whole "channels", which here are fields
         self._precision: Precision = precision
         self._device_type = device_type
-        self._embedding_l2 = embedding_l2
+        self._embedding_l2, self.prior = embedding_l2, prior
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
         """The loss to minimize, Σ weight · loss over this rank's rows, and what to report: losses without penalty."""
@@ -57,4 +60,6 @@ class ClickTask(nn.Module):
         output = StepOutput(loss.detach(), logit_B.detach(), batch.label_B)
         if self._embedding_l2:
             loss = loss + self._embedding_l2 / 2 * (emb_BFD.square().sum((1, 2)) * batch.weight_B).sum()
+        if self.prior is not None:
+            loss = loss + (self.prior(batch.ids, emb_BFD) * batch.weight_B).sum()
         return loss, output
