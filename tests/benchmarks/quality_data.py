@@ -130,8 +130,8 @@ def _prepared(schema: Schema, table: pa.Table, logit_N: FloatN | None, out: Path
     for name, start, end in zip(("train", "valid", "test"), [0, *ends], ends, strict=False):
         sources[name] = [str(out.parent / f"{out.name}-{name}.parquet")]
         pq.write_table(table.slice(start, end - start), sources[name][0])
-    prepare(schema, sources, out)
     if logit_N is not None:
         label_N = table[schema.label.column].to_numpy()[ends[1] :]
         loss_N = np.logaddexp(0.0, np.where(label_N > 0, -1.0, 1.0) * logit_N[ends[1] :])
         (out.parent / f"{out.name}.best.json").write_text(json.dumps({"logloss": float(loss_N.mean())}))
+    prepare(schema, sources, out)

@@ -93,10 +93,11 @@ Written by `python -m tests.benchmarks.quality`. Every data set is trained with 
 [`configs/default.yaml`](configs/default.yaml), and {seeds} seeds; the validation split ends training and chooses the
 rivals' settings, the test split decides on nothing. Rivals have the same encoded columns:
 
-- **LightGBM**: ids as categorical features, early stop, the best of eight settings (leaves, smoothing and penalty of
-  categories) by validation log loss.
+- **LightGBM**: ids as categorical features, early stop, the best of eight settings (leaves, smoothing of
+  categories, rows that a category needs) by validation log loss.
 - **DNN**: two layers of 400 on embeddings of the same width, trained in every way as MaskNet is, prior and averages
-  included. **Plain DNN**: the same network with usual settings (rate of the tables 0.02, no prior, no averages).
+  included. **Plain DNN**: the same network with usual settings (rate of the tables 0.02, no prior, no averages; dropout
+  and batch size as in the configuration).
 - **Logistic regression** on one column per id, the best of three penalties.
 
 Means over seeds, their standard deviation, and differences with a verdict on the rival by a test that allows for seeds
@@ -105,5 +106,6 @@ and for test rows (users where there are users), corrected for the number of riv
 What makes the default good, in the order of its effect: the **prior** on embeddings (`optimizer.embedding_prior`: an id
 pays once a pass, however rare it is) together with a large rate of the tables; **no hidden norm**; an **eps** of LN_EMB
 that lets rare ids stay small; **averages** of weights; small blocks with dropout. The prior lifts the deep network just
-as much. It is not applied to fields with managed ids.
+as much. It is not applied to fields with managed ids, and training
+on from a model (`--from`, day by day) needs other settings: no prior and a small rate.
 """

@@ -186,6 +186,12 @@ def test_another_shape_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prior_that_pulls_to_0_is_refused(first: Bundle, planted_data: Path, tmp_path: Path) -> None:
+    config = small(tmp_path, "optimizer.embedding_prior=1")
+    with pytest.raises(InputError, match=r"optimizer\.embedding_prior .* set it to 0"):
+        train(config, planted_data, tmp_path / "out", QUIET, Start(first))
+
+
 def test_data_of_another_pipeline_is_refused(first: Bundle, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another pipeline than that of model planted.* --pipeline"):
         train(small(tmp_path), planted(tmp_path, values=9), tmp_path / "out", QUIET, Start(first))

@@ -54,9 +54,22 @@ def poison(patch: pytest.MonkeyPatch, factor: float, *calls: int) -> None:
         if counts:
             seen.append(batch)
         spoiled = counts and len(seen) in calls
-        return (loss * factor if spoiled else loss), output
+        return (loss * factor, output._replace(loss=output.loss * factor)) if spoiled else (loss, output)
 
     patch.setattr(ClickTask, "forward", forward)
+
+
+def test_a_large_penalty_is_no_broken_loss(dataset: PreparedDataset, tmp_path: Path) -> None:
+    """Rows of deviation 1 cost far more than train.max_loss at the start, and the rows' own loss is what is bounded."""
+    settings = [
+        "model.embedding_init=1.0",
+        "optimizer.embedding_prior=1000",
+        "train.max_loss=5",
+        "train.batch_size=2400",
+    ]
+    fitted = run(small(*settings, "optimizer.embedding_l2=10"), dataset, tmp_path)
+    assert fitted.position.step == 2
+    assert not (tmp_path / "failed").exists()
 
 
 def test_a_rate_that_is_too_large_ends_with_step_place_and_batch(dataset: PreparedDataset, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The members of an ensemble: trained one after the other, each as if it were alone, with a seed of its own."""
 
+import gc
 from dataclasses import replace
 
 from features.dataset import PreparedDataset
@@ -47,6 +48,7 @@ def fit_members(
             going.observer.member_started(number, count)
         own = replace(going, checkpoints=going.checkpoints / f"{number:02d}")
         fitted.append(fit_dataset(of_member(config, number), dataset, world, own, start))
+        gc.collect()  # the model is in reference cycles, and its tables would stay beside the next member's
     return fitted
 
 

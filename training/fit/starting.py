@@ -64,6 +64,11 @@ def require_start_fits(config: Config, dataset: PreparedDataset, start: Start | 
         if config.train.train_only_affine:
             raise InputError("train.train_only_affine trains next to nothing of a fresh model: give one with --from")
         return
+    if config.optimizer.embedding_prior:
+        raise InputError(
+            "optimizer.embedding_prior pulls embeddings to 0 and counts these rows alone, which undoes what the model "
+            "of --from knows: set it to 0, and optimizer.sparse.lr to about 0.003"
+        )
     if start.remove_norms and config.optimizer.dense.normalize_and_project:
         raise InputError(
             "--remove-norms ends the scale invariance that optimizer.dense.normalize_and_project relies on"

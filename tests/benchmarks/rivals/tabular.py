@@ -16,7 +16,8 @@ from training.baselines import baseline_scores
 FloatN = npt.NDArray[np.float64]
 SHAPES = (15, 63)  # leaves
 SMOOTHINGS = (1, 10)  # of a category's statistics
-PENALTIES = (1, 10)  # L2 on splits by categories
+GROUPS = (20, 100)  # rows that a category needs to count on its own
+SEARCHED = (SHAPES, SMOOTHINGS, GROUPS)
 LIST_COLUMNS = 64  # a list of more ids than this is folded onto so many columns
 ROUNDS, PATIENCE = 3000, 50
 
@@ -46,17 +47,17 @@ def lightgbm_searched(dataset: PreparedDataset, seeds: int) -> tuple[list[FloatN
     def loss(setting: dict[str, Any]) -> float:
         return logloss(labels["valid"], np.asarray(trained(setting, 1).predict(columns["valid"])))
 
-    best = min((_setting(*point) for point in product(SHAPES, SMOOTHINGS, PENALTIES)), key=loss)
+    best = min((_setting(*point) for point in product(*SEARCHED)), key=loss)
     return [np.asarray(trained(best, seed).predict(columns["test"])) for seed in range(1, seeds + 1)], best
 
 
-def _setting(leaves: int, smoothing: int, penalty: int) -> dict[str, Any]:
+def _setting(leaves: int, smoothing: int, group: int) -> dict[str, Any]:
     return {
         "objective": "binary",
         "learning_rate": 0.05,
         "num_leaves": leaves,
         "cat_smooth": smoothing,
-        "cat_l2": penalty,
+        "min_data_per_group": group,
         "max_cat_threshold": 64,
         "feature_fraction": 0.8,
         "bagging_fraction": 0.8,
