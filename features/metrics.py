@@ -45,7 +45,7 @@ def auc_standard_error(auc: float, positives: int, negatives: int) -> float:
 
 
 def logloss(label_N: FloatN, score_N: FloatN, weight_N: FloatN | None = None) -> float:
-    """Mean negative log-likelihood, in nats; ValueError without rows."""
+    """Mean negative log-likelihood, in nats; ValueError without rows, or where all weights are 0."""
     return _mean(log_losses, label_N, score_N, weight_N)
 
 
@@ -54,6 +54,7 @@ def log_losses(click_N: BoolN, score_N: FloatN) -> npt.NDArray[np.float64]:
 
     As scikit-learn: a score is kept away from 0 and 1 by its own precision, since it would be infinitely wrong there.
     """
+    score_N = score_N if np.issubdtype(score_N.dtype, np.floating) else score_N.astype(np.float64)
     nearest = float(np.finfo(score_N.dtype).eps)
     score = np.clip(score_N.astype(np.float64), nearest, 1 - nearest)
     return -np.log(np.where(click_N, score, 1 - score))
@@ -137,16 +138,24 @@ def rankings(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike, top: int 
     return rank_groups(click_N, score_N, *codes_of(group_N), top)
 
 
-def score_metrics(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None = None) -> dict[str, float | None]:
+def score_metrics(
+    label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None = None, ranking_N: FloatN | None = None
+) -> dict[str, float | None]:
     """All of the above by the names that results, reports and the registry use; ValueError without rows.
 
     NDCG, reciprocal rank and recall are means over the groups with a click; "coverage" is the share of rows in groups
     with both classes, those of which grouped AUC speaks.
+
+    Args:
+        score_N: probabilities: log loss, entropy, Brier score and calibration are theirs.
+        ranking_N: what orders the rows, for areas under curves and rankings; the probabilities unless given. A
+            calibration by steps makes ties among probabilities that the order has not.
     """
     require_rows(score_N)
-    roc, precision_recall = areas(label_N, score_N)
+    ranking_N = score_N if ranking_N is None else ranking_N
+    roc, precision_recall = areas(label_N, ranking_N)
     entropy = normalized_entropy(label_N, score_N)
-    grouped = None if group_N is None else rankings(label_N, score_N, group_N)
+    grouped = None if group_N is None else rankings(label_N, ranking_N, group_N)
     found = {} if grouped is None else grouped.means()
     return {
         "auc": roc.value,
@@ -178,6 +187,8 @@ def _mean(
         value_N = per_row(click_N[chunk], score_N[chunk])
         total += float(value_N.sum() if weight_N is None else value_N @ weight_N[chunk])
         weight += len(value_N) if weight_N is None else float(weight_N[chunk].sum(dtype=np.float64))
+    if weight == 0:
+        raise ValueError(f"the weights of all {len(score_N)} rows are 0: there is nothing to measure")
     return total / weight
 
 

@@ -404,9 +404,9 @@ def tune(
 ) -> None:
     """Search a better configuration (Optuna's TPE), train it with several seeds and register what comes of it.
 
-    Trials are judged on the validation split, and those worse than the median are ended early; the test split is not
-    read before all is decided. OUT/best.yaml is a configuration for masknet train. The same command goes on with a
-    study that was stopped, and with more --trials or --minutes adds to it.
+    Trials are judged on the validation split, and those worse than the median are ended early; no choice looks at the
+    test split. OUT/best.yaml is a configuration for masknet train. The same command goes on with a study that was
+    stopped, and with more --trials or --minutes adds to it.
 
         masknet tune config.yaml --data data --trials 50 --jobs 2
         masknet tune config.yaml --data data --minutes 60 --space space.yaml --ensemble
@@ -451,7 +451,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
     against: Annotated[str | None, typer.Option(help="Another MODEL to compare it with, on the same rows.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of report.html, metrics.json and slices.csv; default below runs/.")
+        Path | None,
+        typer.Option(
+            help="Folder of report.html, metrics.json and slices.csv; default runs/evaluations/NAME-VERSION-SPLIT."
+        ),
     ] = None,
     replicates: Annotated[int, typer.Option(min=100, help="Bootstrap draws that the intervals come from.")] = 1000,
     html: Annotated[bool, typer.Option(help="Write the report for people: one file, no network.")] = True,
@@ -542,8 +545,7 @@ def promote(
     done = run_promote(options, rollback, console)
     if done.checks and not as_json:
         Console().print(checks_table(done.checks))
-    before = f", replacing {done.replaced}" if done.replaced else ""
-    _answer(as_json, done.plain(), f"{done.model_uri} is now {alias}{before}: {done.reason}")
+    _answer(as_json, done.plain(), str(done))
 
 
 @app.command()

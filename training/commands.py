@@ -1,7 +1,7 @@
 """What a command does that is more than one call; shared by the command line and the demo."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from features.dataset import PreparedDataset
 from features.errors import InputError
 from serving.bundle import Bundle, load_bundle
 from serving.models import locate
-from training.baselines import baseline_scores
+from training.baselines import baseline_scores, sample_notes
 from training.evaluation.evaluate import (
     MODEL,
     Evaluation,
@@ -31,10 +31,11 @@ from training.tracking.opening import attach_report
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that was asked for, and the name by which it was."""
+    """A model that was asked for, the name by which it was, and its version; outside a registry part of its digest."""
 
     name: str
     bundle: Bundle
+    version: str
 
 
 def run_evaluate(
@@ -55,7 +56,7 @@ def run_evaluate(
     Args:
         model: any name of a bundle; so is `against`, the rival on the same rows.
         data: prepared rows, of which `split` counts; or raw `sources`, of which `max_bad_rows` may be set aside.
-        out: folder of the files; by default runs/evaluations/ and a name from the model's and the split's.
+        out: folder of the files; by default runs/evaluations/NAME-VERSION-SPLIT, with a rival and -against-DIGEST.
         replicates: bootstrap draws for the intervals.
         html: whether to write the report for people too.
         console: where progress is shown, if it is a terminal; by default standard error.
@@ -76,7 +77,8 @@ def run_evaluate(
     with stages(console or Console(stderr=True)) as progress:
         evaluation = examine(evaluation, seen, replicates=replicates, progress=progress)
     place = seen.split if second is None else f"{seen.split}-against-{second.bundle.digest[:12]}"
-    files = write_files(evaluation, out or Path("runs") / "evaluations" / f"{first.bundle.name}-{place}", html)
+    out = out or Path("runs") / "evaluations" / f"{first.bundle.name}-{first.version}-{place}"
+    files = write_files(evaluation, out, html)
     attach_report(first.bundle.manifest["run_id"], files, place)
     return {**_answer(evaluation), "report": str(files[0]), "seconds": time.perf_counter() - started}, evaluation
 
@@ -108,13 +110,15 @@ def _open(model: str, against: str | None) -> tuple[_Opened, _Opened | None]:
     """The model and its rival; InputError where they are the same."""
     located = locate(model)
     bundle = load_bundle(located.path)
+    version = located.version or bundle.digest[:12]
     if against is None:
-        return _Opened(MODEL, bundle), None
+        return _Opened(MODEL, bundle, version), None
     other = locate(against)
     rival = load_bundle(other.path)
     if rival.digest == bundle.digest:
         raise InputError(f"--against {against}: this is the model {model} itself")
-    return _Opened(_short(located.uri), bundle), _Opened(_short(other.uri), rival)
+    opened = _Opened(_short(other.uri), rival, other.version or rival.digest[:12])
+    return _Opened(_short(located.uri), bundle, version), opened
 
 
 def _short(uri: str) -> str:
@@ -131,7 +135,10 @@ def _of_dataset(
     fitted = {"train", "valid"} <= set(dataset.splits)
     baselines = baseline_scores(dataset, split) if fitted else {}
     train = dataset.files("train") if "train" in dataset.splits else None
-    return _evaluated(first, second, rows, rows, baselines), Seen(train, split, rows.known)
+    evaluation = _evaluated(first, second, rows, rows, baselines)
+    if fitted and train is not None:
+        evaluation = replace(evaluation, notes=sample_notes(train))
+    return evaluation, Seen(train, split, rows.known)
 
 
 def _of_files(

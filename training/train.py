@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from features.dataset import LABEL, PreparedDataset, groups_of
+from features.dataset import PreparedDataset
 from features.errors import InputError
 from features.files import file_written_whole, read_json, write_json
-from features.metrics import score_metrics
 from serving.bundle import tables_of, write_bundle
 from serving.calibration import Calibration
 from serving.members import Member
@@ -25,6 +24,7 @@ from training.config import Config, save_config
 from training.distributed import World, from_rank_0, join_world
 from training.embeddings.placement import placements
 from training.errors import Stopped
+from training.evaluation.scored import metrics_of
 from training.fit.dataset import FitResult, Going, fit_data_of_days
 from training.fit.days import is_whole, open_data, scored_rows
 from training.fit.guard import require_pipeline
@@ -152,7 +152,7 @@ class _Job:
         model = build_model(self.config.model, self.dataset)
         model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])
         split, rate = scored_rows(self.data[day])
-        return _metrics(Scorer(self.dataset.pipeline, [model], rate, weights.id_maps), self.data[day].split(split))
+        return metrics_of(Scorer(self.dataset.pipeline, [model], rate, weights.id_maps), self.data[day].split(split))
 
     def write_bundle(self, fitted: Sequence[FitResult], path: Path, run_id: str, observer: Observer) -> None:
         model, members = self.config.model, [result.weights for result in fitted if result.weights is not None]
@@ -170,7 +170,7 @@ class _Job:
 
         def evaluate(scorer: Scorer) -> Metrics:
             if self.splits:
-                return {name: _metrics(scorer, table) for name, table in self.splits.items()}
+                return {name: metrics_of(scorer, table) for name, table in self.splits.items()}
             return {"progressive": fitted[0].position.history[-1]}  # of the last day, before it was trained on
 
         write_bundle(
@@ -197,11 +197,6 @@ def _reporting(
     run = stack.enter_context(open_run(job.config, data, out, resume, console=console))
     save_config(job.config, run.out / "config.yaml")
     return run, stack.enter_context(TrainingObserver(run, console))
-
-
-def _metrics(scorer: Scorer, table: pa.Table) -> dict[str, float | None]:
-    """By the scorer that will serve the model."""
-    return score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
 
 
 def _finish(out: Path, run: Run, fitted: list[FitResult] | None, started: float, register: bool) -> Result:

@@ -181,3 +181,27 @@ def test_labels_other_than_0_and_1_are_refused_with_their_row(wrong: float) -> N
 def test_as_many_scores_as_labels() -> None:
     with pytest.raises(ValueError, match="one of each per row"):
         metrics.logloss(np.ones(3), np.array([0.5]))
+
+
+def test_order_is_measured_by_what_orders() -> None:
+    step = np.round(SCORE, 1).clip(0.05, 0.95)
+    found = metrics.score_metrics(LABEL, step, GROUP, SCORE)
+    fine, coarse = metrics.score_metrics(LABEL, SCORE, GROUP), metrics.score_metrics(LABEL, step, GROUP)
+    for name, value in found.items():
+        ordered = name in ("auc", "pr_auc", "gauc", "ndcg@10", "mrr", "recall@10", "coverage")
+        assert value == (fine if ordered else coarse)[name], name
+    assert found["auc"] == pytest.approx(roc_auc_score(LABEL, SCORE), abs=1e-12)
+    assert found["logloss"] == pytest.approx(log_loss(LABEL, step), abs=1e-12)
+    assert fine["gauc"] != coarse["gauc"]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
+def test_whole_numbers_are_scores_too(dtype: type) -> None:
+    label, score = np.array([1.0, 0, 1, 0]), np.array([1, 0, 0, 0]).astype(dtype)
+    assert metrics.logloss(label, score) == pytest.approx(log_loss(label, score.astype(np.float64)), abs=1e-12)
+    assert metrics.brier(label, score) == 0.25
+
+
+def test_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="the weights of all 500 rows are 0"):
+        metrics.logloss(LABEL, SCORE, np.zeros(500))

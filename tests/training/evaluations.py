@@ -78,7 +78,9 @@ def evaluation(
         group_N=group_N,
         scores=scores,
         uncalibrated=before,
-        metrics={name: score_metrics(label_N, one_N, group_N) for name, one_N in scores.items()},
+        metrics={
+            name: score_metrics(label_N, one_N, group_N, before.get(name, one_N)) for name, one_N in scores.items()
+        },
         metrics_before={name: score_metrics(label_N, one_N, group_N) for name, one_N in before.items()},
         by_familiarity={"known user_id": {"rows": 1900, "auc": dict.fromkeys(scores, 0.7)}},
     )

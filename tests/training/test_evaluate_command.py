@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,16 @@ from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bund
 from serving.calibration import Calibration, Fitted, Platt
 from serving.ensemble import write_ensemble
 from serving.members import Member
+from serving.models import Located
 from training.calibration import calibrate
 from training.commands import run_evaluate
+from training.evaluation.curves import curves_of
 from training.evaluation.evaluate import MODEL, Evaluation, evaluate, rows_of_dataset
+from training.evaluation.examine import Seen, examine
+from training.evaluation.findings import Findings, Resampled
+from training.evaluation.looks import importance
+from training.evaluation.scored import metrics_of
+from training.evaluation.slices import slices
 from training.progress import stages
 
 REPLICATES = 200
@@ -191,6 +199,81 @@ def test_the_error_of_binned_areas_is_told(
         roc, precision = areas(found.label_N, score_N, 100)
         assert found.bounds[name] == {"auc": roc.bound, "pr_auc": precision.bound}
     assert found.bounds["coarse"]["auc"] > 0.01  # a bin does not tell equal scores from close ones
+
+
+@pytest.fixture(scope="module")
+def stepped(bundle: Bundle, dataset: PreparedDataset) -> Bundle:
+    """The bundle with an isotonic calibration, which ties scores."""
+    curve = calibrate("isotonic", bundle.scorer, dataset)
+    return replace(bundle, scorer=bundle.scorer.with_calibration(curve))
+
+
+def test_order_is_that_of_the_scores_before_calibration(
+    stepped: Bundle, bundle: Bundle, dataset: PreparedDataset
+) -> None:
+    rows = rows_of_dataset(stepped, dataset, "test")
+    label_N, before_N = rows.table[LABEL].to_numpy(), bundle.scorer.score_encoded(rows.table)
+    after_N = stepped.scorer.score_encoded(rows.table).astype(np.float64)
+    expected_auc, expected_loss = roc_auc_score(label_N, before_N), log_loss(label_N, after_N)
+    assert abs(roc_auc_score(label_N, after_N) - expected_auc) > 1e-4  # or this would show nothing
+    evaluation = evaluate(stepped, rows, {})
+    for found in (evaluation.metrics[MODEL], metrics_of(stepped.scorer, rows.table)):
+        assert found["auc"] == pytest.approx(expected_auc, abs=1e-9)
+        assert found["logloss"] == pytest.approx(expected_loss, abs=1e-6)
+        assert found["gauc"] == evaluation.metrics_before[MODEL]["gauc"]
+        assert found["calibration"] == pytest.approx(after_N.sum() / label_N.sum())
+    uncalibrated = evaluate(bundle, rows, {})
+    assert evaluation.by_familiarity == uncalibrated.by_familiarity
+    np.testing.assert_array_equal(curves_of(evaluation).roc[MODEL], curves_of(uncalibrated).roc[MODEL])
+    sample, label_S = rows.table.select(bundle.pipeline.names), label_N
+    for one, other in zip(
+        importance(stepped, sample, label_S, repeats=1), importance(bundle, sample, label_S, repeats=1), strict=True
+    ):
+        assert one.auc_drop == other.auc_drop
+
+
+def test_what_lies_behind_goes_by_the_same_order(
+    stepped: Bundle, dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("importance", "mask_statistics", "drift", "cost"):
+        monkeypatch.setattr(f"training.evaluation.examine.{name}", lambda *_: None)
+    table = dataset.split("test")
+    evaluation = evaluate(stepped, rows_of_dataset(stepped, dataset, "test"), {"half": np.full(table.num_rows, 0.5)})
+    for sampled in (False, True):
+        told = replace(evaluation, sampled=sampled)
+        findings = examine(told, Seen(None, "test", {}), replicates=100).findings
+        assert findings is not None
+        for metric, one in findings.estimates[MODEL].items():
+            assert one.value == evaluation.metrics[MODEL][metric]
+        (comparison,) = findings.comparisons
+        left_out = {"coverage", "calibration", "ece"} if sampled else {"coverage"}
+        assert comparison.differences.keys() == evaluation.metrics[MODEL].keys() - left_out
+        before = slices(stepped, table, evaluation.label_N, evaluation.uncalibrated)
+        assert [one.metrics[MODEL]["auc"] for one in findings.slices] == [one.metrics[MODEL]["auc"] for one in before]
+
+
+def test_versions_have_folders_of_their_own(
+    bundle_path: Path, bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def write(evaluation: Evaluation, out: Path, html: bool) -> list[Path]:
+        written.append(out)
+        return [out]
+
+    monkeypatch.setattr("training.commands.write_files", write)
+    monkeypatch.setattr("training.commands.attach_report", lambda *_: None)
+    monkeypatch.setattr("training.commands.baseline_scores", lambda *_: {})
+    monkeypatch.setattr("training.commands.sample_notes", lambda train: ("of a sample",))
+    none = Findings(Resampled(0, None), {MODEL: {}}, [])
+    monkeypatch.setattr("training.commands.examine", lambda found, *_, **__: replace(found, findings=none))
+    located = iter((None, "3"))
+    monkeypatch.setattr("training.commands.locate", lambda model: Located(bundle_path, model, next(located)))
+    for _ in range(2):
+        _, evaluation = run_evaluate("models:/m@candidate", data, [], "test", None, 0.0)
+    folder = Path("runs") / "evaluations"
+    assert written == [folder / f"{bundle.name}-{bundle.digest[:12]}-test", folder / f"{bundle.name}-3-test"]
+    assert evaluation.notes == ("of a sample",)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -12,7 +12,7 @@ from features.errors import InputError
 from features.prepare import prepare
 from features.schema import Schema
 from serving.bundle import Bundle
-from training.evaluation.rows import same_rows_of_files
+from training.evaluation.rows import rows_of_dataset, rows_of_files, same_rows_of_files
 
 ITEM = {"name": "item", "type": "categorical", "encoder": "hash", "buckets": 100}
 PRICE = {"name": "price", "type": "numeric", "encoder": "standard"}
@@ -79,3 +79,28 @@ def test_no_row_that_both_can_read(tmp_path: Path) -> None:
     pl.DataFrame(rows).write_csv(tmp_path / "bad.csv")
     with pytest.raises(InputError, match=r"bad\.csv: no row can be read by both first and second"):
         same_rows_of_files(first, second, [str(tmp_path / "bad.csv")], max_bad_rows=0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "test", "train"),
+    [
+        ({}, False, False),
+        ({"negative_sampling": {"rate": 0.5}}, False, True),
+        ({"already_sampled": {"rate": 0.5}}, True, True),
+        ({"negative_sampling": {"rate": 1.0}, "already_sampled": {"rate": 1.0}}, False, False),
+    ],
+)
+def test_rows_know_whether_negatives_are_missing(
+    tmp_path: Path, sampling: dict[str, Any], test: bool, train: bool
+) -> None:
+    schema = Schema.model_validate({"name": "m", "label": LABELS, "fields": [ITEM], **sampling})
+    raw, other = tmp_path / "raw.parquet", tmp_path / "other.parquet"
+    for file in (raw, other):
+        pl.DataFrame({"item": ["a", "b", "c", "d"], "click": ["1", "1", "1", "0"]}).write_parquet(file)
+    prepare(schema, {"train": [str(other)], "test": [str(raw)]}, tmp_path / "data")
+    dataset = PreparedDataset.open(tmp_path / "data")
+    bundle = cast(Bundle, SimpleNamespace(name="m", schema=schema, pipeline=dataset.pipeline))
+    assert rows_of_dataset(bundle, dataset, "test").sampled == test
+    assert rows_of_dataset(bundle, dataset, "train").sampled == train
+    assert rows_of_files(bundle, [str(raw)], 0.0).sampled == test
+    assert same_rows_of_files(bundle, bundle, [str(raw)], 0.0)[1].sampled == test

@@ -204,8 +204,11 @@ def test_a_model_that_is_worse_on_one_genre_is_caught_there(
     expected = holm_by_hand(p)
     for part in found:
         assert part.p_corrected == (pytest.approx(expected[part.name], rel=1e-12) if part.name in p else None)
-        is_told = part.p_corrected is not None and part.p_corrected < 0.05
-        assert (part.verdict != "not told apart") == is_told
+        if part.p_corrected is None:
+            assert part.verdict is None
+        else:
+            assert (part.verdict != "not told apart") == (part.p_corrected < 0.05)
+    assert {part.verdict for part in found} >= {None, "worse", "not told apart"}
     turned = slices(bundle, table, label_N, scores, pair=("good", "bad"), top=30, train=dataset.files("train"))
     assert [part.name for part in turned if part.verdict == "better"] == [
         part.name for part in found if part.verdict == "worse"
@@ -216,9 +219,22 @@ def test_a_model_that_is_worse_on_one_genre_is_caught_there(
 def test_equal_scores_are_never_told_apart(bundle: Bundle, test_rows: pa.Table) -> None:
     label_N, score_N = test_rows[LABEL].to_numpy(), bundle.scorer.score_encoded(test_rows)
     found = slices(bundle, test_rows, label_N, {"a": score_N, "b": score_N.copy()}, pair=("a", "b"), **SIZES)
-    assert {part.verdict for part in found} == {"not told apart"}
-    assert {part.p_corrected for part in found} <= {1.0, None}
-    assert 1.0 in {part.p_corrected for part in found}
+    assert {(part.verdict, part.p_corrected) for part in found} == {("not told apart", 1.0), (None, None)}
+    untested = [part for part in found if part.verdict is None]
+    assert all(part.logloss is not None and part.logloss.p is None for part in untested)
+
+
+def test_order_is_measured_by_what_orders(bundle: Bundle, test_rows: pa.Table) -> None:
+    """A calibration by steps ties what the scores before it tell apart."""
+    label_N, score_N = test_rows[LABEL].to_numpy(), bundle.scorer.score_encoded(test_rows)
+    step_N = np.round(score_N, 1).clip(0.05, 0.95)
+    found = slices(bundle, test_rows, label_N, {"m": step_N}, rankings={"m": score_N}, **SIZES)
+    fine = slices(bundle, test_rows, label_N, {"m": score_N}, **SIZES)
+    coarse = slices(bundle, test_rows, label_N, {"m": step_N}, **SIZES)
+    values = [[[part.metrics["m"][key] for part in parts] for key in ("auc", "logloss")]
+              for parts in (found, fine, coarse)]  # fmt: skip
+    assert values[0] == [values[1][0], values[2][1]]
+    assert values[1][0] != values[2][0]
 
 
 def test_differences_over_clusters_of_one_size_are_students() -> None:

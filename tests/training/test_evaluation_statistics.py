@@ -277,7 +277,70 @@ def test_one_row_has_no_interval(group: np.ndarray | None) -> None:
     assert found.replicates == 0
     assert found.estimates["a"]["logloss"] == Estimate(pytest.approx(-np.log(0.8)))
     assert found.comparisons["b"].differences["logloss"].verdict == "not told apart"
-    assert found.comparisons["b"].sentence.startswith("a and b are not told apart by these rows: log loss −0.1335")
+    assert found.comparisons["b"].sentence == (
+        "a and b are not told apart: the groups, or rows, are too few to test. log loss −0.1335, without an interval."
+    )
+
+
+def test_few_groups_are_not_tested() -> None:
+    """By what they are worth of one size: seven are too few, eight are not, and so are nine of which one is half."""
+    label_N, score_N = rows(560)
+    scores = {"a": score_N, "b": 1 - score_N}
+    for group_N, tested in (
+        (np.arange(560) % 7, False),
+        (np.arange(560) % 8, True),
+        (np.where(np.arange(560) < 280, 0, 1 + np.arange(560) % 8), False),
+    ):
+        found = assess(label_N, scores, group_N, replicates=100)
+        assert found.replicates == (100 if tested else 0)
+        assert all((one.low is not None) == tested for one in found.estimates["a"].values())
+        differences = found.comparisons["b"].differences
+        assert all((one.p is not None) == tested for one in differences.values())
+        assert differences["auc"].verdict == ("better" if tested else "not told apart")
+        assert ("are too few to test" in found.comparisons["b"].sentence) != tested
+
+
+def test_order_is_measured_by_what_orders() -> None:
+    """Of scores with ties: areas, rankings and DeLong's test by what is without them, losses by the scores."""
+    label_N, score_N = rows(600)
+    group_N, step_N = np.arange(600) // 6, np.round(score_N, 1).clip(0.05, 0.95)
+    for groups in (group_N, None):
+        found = assess(label_N, {"a": step_N, "b": score_N / 2}, groups, rankings={"a": score_N}, replicates=100)
+        fine = assess(label_N, {"a": score_N, "b": score_N / 2}, groups, replicates=100)
+        coarse = assess(label_N, {"a": step_N, "b": score_N / 2}, groups, replicates=100)
+        ordered = {"auc", "pr_auc", "gauc", "ndcg@10", "mrr", "recall@10", "coverage"}
+        for name, one in found.estimates["a"].items():
+            assert one == (fine if name in ordered else coarse).estimates["a"][name], name
+        for name, told in found.comparisons["b"].differences.items():
+            assert told == (fine if name in ordered else coarse).comparisons["b"].differences[name], name
+        assert found.comparisons["b"].delong == fine.comparisons["b"].delong
+        assert found.comparisons["b"].differences["auc"].value == 0
+        assert coarse.comparisons["b"].differences["auc"].value != 0
+        scores, rankings = {"a": step_N, "b": score_N / 2}, {"a": score_N}
+        assert compare(label_N, scores, groups, rankings=rankings, replicates=100) == found.comparisons["b"]
+        assert estimates(label_N, scores, groups, rankings=rankings, replicates=100) == found.estimates
+
+
+@pytest.mark.parametrize("few", ["clicks", "others"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_order_of_few_clicks_or_others_is_not_tested(few: str, grouped: bool) -> None:
+    """All draws have the same few, above which one scorer puts nothing and the other everything."""
+    group_N = np.arange(100) if grouped else None
+    for count, tested in ((4, False), (5, True)):
+        one_N = np.arange(100) < count
+        label_N = (one_N if few == "clicks" else ~one_N).astype(np.float32)
+        noise_N = np.random.default_rng(3).random(100) / 10
+        scores = {"right": 0.8 * label_N + noise_N, "wrong": 0.8 * (1 - label_N) + noise_N}
+        found = compare(label_N, scores, group_N, replicates=200)
+        auc = found.differences["auc"]
+        assert (auc.p is not None, auc.low is not None) == (tested, tested)
+        assert auc.verdict == ("better" if tested else "not told apart")
+        assert found.differences["pr_auc"].verdict == auc.verdict
+        assert found.differences["logloss"].verdict == "better"
+    few_N = np.eye(4, 50).sum(axis=0)
+    score_N = np.random.default_rng(4).random(50)
+    assert delong_difference(few_N, score_N, few_N / 2).p is None
+    assert delong_auc(few_N, score_N).low is None
 
 
 def test_constant_scores_have_no_spread_in_auc() -> None:

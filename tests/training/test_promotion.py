@@ -22,7 +22,9 @@ from features.splits import SplitRule
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
+from serving.calibration import Calibration, Fitted, Isotonic
 from serving.members import Member
+from serving.scorer import Scorer
 from training import demo
 from training.config import Config, load_config
 from training.errors import Failure
@@ -101,6 +103,7 @@ def written(
     pipeline: FeaturePipeline,
     member: Member,
     sampling_rate: float = 1.0,
+    calibrate: Callable[[Scorer], Calibration] | None = None,
 ) -> Path:
     out = home / "bundle"
     write_bundle(
@@ -113,6 +116,7 @@ def written(
         sampling_rate=sampling_rate,
         run_id=None,
         evaluate=lambda scorer: {},
+        calibrate=calibrate,
     )
     return out
 
@@ -239,6 +243,45 @@ def test_a_badly_calibrated_model_is_refused_even_alone(
     assert failures(refused) == ["calibration", "ece", "logloss"]
 
 
+def test_a_calibration_does_not_change_how_a_model_ranks(
+    versions: Versions, dataset: PreparedDataset, register: Register, own: Bundle, tmp_path: Path, alias: str
+) -> None:
+    """Two steps tie the rows of each: the AUC of calibrated scores would be another."""
+    steps = Isotonic(kind="isotonic", scores=(0.499, 0.501), values=(0.1, 0.9))
+    tied = Calibration(curve=steps, fitted=Fitted(split="valid", rows=1200, sampling_rate=1.0))
+    member = Member.of(own.scorer.models[0])
+    path = written(tmp_path, own.config, SCHEMA, own.pipeline, member, calibrate=lambda _: tied)
+    test = dataset.split("test")
+    calibrated, plain = (load_bundle(bundle).scorer.score_encoded(test) for bundle in (path, own.path))
+    label_N = test["_label"].to_numpy()
+    assert abs(roc_auc_score(label_N, calibrated) - roc_auc_score(label_N, plain)) > 1e-3
+    promote(asked(versions.good, alias, dataset.path))
+    version = register(path, NAME)
+    done = promote(asked(version, alias, dataset.path, force="whatever it is"))
+    found = {check.name: check.value for check in done.checks}
+    assert found["auc"] == 0
+    assert found["logloss"] == pytest.approx(log_loss(label_N, calibrated) - log_loss(label_N, plain), abs=1e-6)
+
+
+def test_rows_that_lack_negatives_judge_no_calibration(
+    versions: Versions, register: Register, own: Bundle, raw: Path, tmp_path: Path, alias: str
+) -> None:
+    """Half of the negatives: every calibrated model gives half as many clicks as there are."""
+    member, rate = Member.of(own.scorer.models[0]), {"rate": 0.5}
+    arrived, dropped = (
+        Schema.model_validate({**SCHEMA.plain(), key: rate}) for key in ("already_sampled", "negative_sampling")
+    )
+    version = register(written(tmp_path, own.config, arrived, own.pipeline, member, 0.5), NAME)
+    first = promote(replace(asked(version, alias), given=Given(None, (str(raw),))))
+    assert first.reason == f"there was no {alias}, and no calibration to judge on {raw}"
+    prepare(dropped, {"train": [str(raw)]}, tmp_path / "data", pipeline=own.pipeline)
+    second = promote(replace(asked(versions.good, alias), given=Given(tmp_path / "data", split="train")))
+    for checks, told in ((first.checks, "already_sampled"), (second.checks, "negative_sampling")):
+        shown = [(check.passed, check.shown) for check in checks if check.name in ("calibration", "ece")]
+        assert [passed for passed, _ in shown] == [True, True]
+        assert all(text.startswith("not judged: ") and f"({told})" in text for _, text in shown)
+
+
 def test_a_slice_decides_by_its_threshold(
     versions: Versions, dataset: PreparedDataset, own: Bundle, raw: Path, alias: str, tmp_path: Path
 ) -> None:
@@ -310,6 +353,8 @@ def test_unknown_and_cold_users_are_those_that_training_lacks(own: Bundle, datas
         ({"field": "b", "value": 1}, "no such field; it has user, a, age"),
         ({"field": "a", "value": "eight"}, "the model knows no such value"),
         ({"field": "height", "value": 0.5}, "is a number without buckets"),
+        ({"field": "age", "is": "unknown"}, "no value of age is unknown: every one has a bucket"),
+        ({"field": "height", "is": "unknown"}, "is a number without buckets"),
         ({"field": "user", "is": "cold"}, "needs the training split, which --data has"),
         ({"field": "tags", "is": "cold"}, "needs the training split"),
     ],
@@ -345,7 +390,7 @@ def test_a_wrong_slice_is_told_before_anything_is_scored(
     path.write_text("slices: [{field: b, value: 1}]")
     options = asked(versions.good, alias, dataset.path, config=path)
     monkeypatch.setattr("training.promotion.promote.load_bundle", lambda _: own)  # which scores the golden rows
-    monkeypatch.setattr("serving.scorer.Scorer.score_encoded", lambda *_: pytest.fail("rows are scored"))
+    monkeypatch.setattr("serving.scorer.Scorer.uncalibrated", lambda *_: pytest.fail("rows are scored"))
     with pytest.raises(InputError, match="slice 'b = 1': the model has no such field"):
         promote(options)
 

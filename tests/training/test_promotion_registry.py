@@ -11,9 +11,11 @@ from rich.console import Console
 
 from features.errors import InputError
 from serving.bundle import Bundle
+from training.errors import Failure
 from training.promotion.command import given_rows, run_promote
-from training.promotion.promote import PromoteOptions, promote, roll_back
+from training.promotion.promote import PromoteOptions, promote
 from training.promotion.registry import AliasRecord, Change, stack_of
+from training.promotion.rollback import roll_back
 from training.promotion.trial import Given
 
 NAME = "held"
@@ -45,6 +47,11 @@ def holder(alias: str, name: str = NAME) -> str | None:
     return AliasRecord(name, alias).holder()
 
 
+def damage(name: str, version: str) -> None:
+    uri = mlflow.MlflowClient().get_model_version_download_uri(name, version)
+    (Path(mlflow.artifacts.download_artifacts(uri)) / "artifacts" / "bundle" / "golden.json").unlink()
+
+
 def artifact(version: str, file: str) -> dict[str, Any]:
     client = mlflow.MlflowClient()
     run = client.get_run(client.get_model_version(NAME, version).run_id)
@@ -71,6 +78,8 @@ def test_a_promotion_records_who_replaced_whom_and_why(three: tuple[str, str, st
     assert (record["replaced"], record["forced"], record["evidence"]) == (f"models:/{NAME}/{first}", True, None)
     again = force(second, alias)
     assert (again["replaced"], again["reason"]) == (None, f"was {alias} already")
+    repeated = promote(PromoteOptions(model=f"models:/{NAME}/{second}", alias=alias, force="a history"))
+    assert str(repeated) == f"models:/{NAME}/{second} was {alias} already: nothing has changed"
     force(first, alias)
     assert tags(first, alias)["replaced"] == second
     assert not {"until", "replaced_by", "ended"} & tags(first, alias).keys()
@@ -109,17 +118,36 @@ def test_rollback_after_deletions(register: Register, bundle: Bundle, alias: str
     restored = roll_back(name, alias)
     assert (holder(alias, name), restored.replaced) == ("2", None)
     client.delete_model_version(name, "1")
-    with pytest.raises(InputError, match=rf"models:/deleted/1, {alias} before models:/deleted/2, was deleted"):
+    left = f"none that was {alias} before models:/deleted/2 is left to go back to: models:/deleted/1 was deleted"
+    with pytest.raises(InputError, match=left):
         roll_back(name, alias)
     assert holder(alias, name) == "2"
 
 
+@pytest.mark.long
+def test_rollback_passes_over_what_is_not_there(register: Register, bundle: Bundle, alias: str) -> None:
+    name, client = "gaps", mlflow.MlflowClient()
+    for _ in range(5):
+        register(bundle.path, name)
+    for version in ("1", "2", "3", "4", "2"):
+        force(version, alias, name)
+    client.delete_model_version(name, "4")
+    damage(name, "3")
+    force("5", alias, name)
+    assert roll_back(name, alias).reason == "rolled back from models:/gaps/5"
+    done = roll_back(name, alias)  # down to the 2 below 3 and 4 would be no way: it is what holds the alias
+    assert (
+        done.reason
+        == "rolled back from models:/gaps/2, past version 4, which was deleted, version 3, which does not open"
+    )
+    assert (holder(alias, name), AliasRecord(name, alias).stack()) == ("1", ["1"])
+
+
 def test_rollback_opens_the_bundle_first(register: Register, bundle: Bundle, alias: str) -> None:
-    name, client = "damaged", mlflow.MlflowClient()
+    name = "damaged"
     for _ in range(2):
         force(register(bundle.path, name), alias, name)
-    folder = Path(mlflow.artifacts.download_artifacts(client.get_model_version_download_uri(name, "1")))
-    (folder / "artifacts" / "bundle" / "golden.json").unlink()
+    damage(name, "1")
     with pytest.raises(InputError, match=r"golden\.json is missing"):
         roll_back(name, alias)
     assert holder(alias, name) == "2"
@@ -142,11 +170,77 @@ def test_an_interrupted_change_leaves_the_alias_and_can_be_repeated(
     assert (record.holder(), record.stack()) == (first, [first])
     force(second, alias)
     assert (record.holder(), record.stack()) == (second, [first, second])
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "set_registered_model_tag",
+        pytest.param("set_registered_model_alias", marks=pytest.mark.long),
+        pytest.param("delete_registered_model_tag", marks=pytest.mark.long),
+    ],
+)
+def test_an_interrupted_rollback_is_ended_and_not_done_twice(
+    three: tuple[str, str, str], alias: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = three
+    alias = f"{alias}_{at}"
+    for version in three:
+        force(version, alias)
+    call = getattr(mlflow.MlflowClient, at)
+
+    def killed(client: Any, name: str, key: str, *value: Any) -> None:
+        if key.endswith(".rollback") and value:  # the mark is set before
+            call(client, name, key, *value)
+            return
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(AliasRecord, "_write_history", killed)
+        patch.setattr(mlflow.MlflowClient, at, killed)
         with pytest.raises(KeyboardInterrupt):
             roll_back(NAME, alias)
-    assert (record.holder(), record.stack()) == (first, [first])
+    done = roll_back(NAME, alias)
+    assert (done.model_uri, done.replaced) == (f"models:/{NAME}/{second}", f"models:/{NAME}/{third}")
+    assert done.reason.startswith(f"rolled back from models:/{NAME}/{third}")
+    assert ("interrupted" in done.reason) == (at != "set_registered_model_alias")  # before that nothing has moved
+    assert (holder(alias), AliasRecord(NAME, alias).stack()) == (second, [first, second])
+    roll_back(NAME, alias)  # the next one is another
+    assert (holder(alias), AliasRecord(NAME, alias).stack()) == (first, [first])
+
+
+@pytest.mark.long
+def test_the_mark_of_a_rollback_does_not_outlive_a_promotion(
+    three: tuple[str, str, str], alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = three
+    for version in three:
+        force(version, alias)
+    with monkeypatch.context() as patch:
+        patch.setattr(AliasRecord, "_write_history", lambda *_: None)  # killed after the alias
+        roll_back(NAME, alias)
+    force(third, alias)
+    record = AliasRecord(NAME, alias)
+    assert (record.stack(), record.unfinished()) == ([first, second, third], None)
+    assert [roll_back(NAME, alias).model_uri, roll_back(NAME, alias).model_uri] == [
+        f"models:/{NAME}/{second}",
+        f"models:/{NAME}/{first}",
+    ]
+
+
+def test_an_alias_that_moves_during_a_rollback_is_not_overrun(
+    three: tuple[str, str, str], alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = three
+    force(first, alias)
+    force(second, alias)
+
+    def open_slowly(path: Path) -> None:
+        mlflow.MlflowClient().set_registered_model_alias(NAME, alias, third)
+
+    monkeypatch.setattr("training.promotion.rollback.load_bundle", open_slowly)
+    with pytest.raises(Failure, match=f"{alias} was given to another version meanwhile"):
+        roll_back(NAME, alias)
+    assert holder(alias) == third
 
 
 @pytest.mark.parametrize(
@@ -194,7 +288,7 @@ def test_mistakes_are_told(three: tuple[str, str, str], bundle: Bundle, alias: s
         ({"model": model, "force": " "}, "--force needs a reason"),
         ({"model": model, "force": "a\nb"}, "in one line"),
         ({"model": model, "force": "because", "config": Path("nowhere.yaml")}, "nowhere.yaml does not exist"),
-        ({"model": str(bundle.path), "force": "because"}, "is a folder"),
+        ({"model": str(bundle.path), "force": "because"}, f"is the folder {bundle.path}, no version in the registry"),
         ({"model": f"models:/{NAME}/999", "force": "because"}, "is not in the registry"),
     ):
         with pytest.raises(InputError, match=told):

@@ -15,11 +15,11 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from tests.training.evaluations import HOSTILE, ROWS, around, evaluation
-from training.evaluation.curves import curves_of
+from training.evaluation.curves import Curves, curves_of
 from training.evaluation.files import write_files
 from training.evaluation.findings import MODEL, Evaluation
 from training.evaluation.report import render, size
-from training.evaluation.results import Estimate
+from training.evaluation.results import Difference, Estimate
 from training.evaluation.wording import verdict, with_interval
 from training.numbers import digits_of, number, p_value, signed
 from training.tables import metrics_table
@@ -58,7 +58,7 @@ def alone() -> str:
 def test_what_a_decision_needs_comes_first(two: Evaluation, page: str) -> None:
     text = texts(page)
     sentence = f"{MODEL} is worse than rival in AUC and not told apart in log loss."
-    worse = "1 of 4 slices got significantly worse: device = phone."
+    worse = "1 of 4 slices tested got significantly worse: device = phone."
     ids = ["worse", "metrics", "slices", "scores", "looks", "drift", "cost", "method", "model"]
     order = [sentence, worse, 'class="tiles"', *(f'id="{one}"' for one in ids)]
     assert re.findall(r'<h2 id="(\w+)"', page) == ids
@@ -97,8 +97,8 @@ def test_tables_have_every_number(two: Evaluation, page: str) -> None:
 def test_before_and_after_calibration(two: Evaluation, page: str, alone: str) -> None:
     before, after = two.metrics_before[MODEL], two.metrics[MODEL]
     row = [f"{MODEL}: platt"]
-    row += [f"{values[key]:.4f}" for key in ("logloss", "ece", "calibration", "auc") for values in (before, after)]
-    assert " ".join(row) in texts(page)
+    row += [f"{values[key]:.4f}" for key in ("logloss", "ece", "calibration") for values in (before, after)]
+    assert f"{' '.join(row)} Rankings go by" in texts(page)
     assert "Before and after" not in alone
     words = ["".join(picture.itertext()) for picture in pictures(page)]
     assert any(f"{MODEL}, before calibration" in text for text in words)
@@ -151,6 +151,7 @@ def test_the_files_agree(two: Evaluation, tmp_path: Path) -> None:
 
 
 def test_without_the_page_only_the_data_is_written(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("of another evaluation")
     found = evaluation()
     assert found.findings is not None
     files = write_files(replace(found, findings=replace(found.findings, slices=[])), tmp_path, html=False)
@@ -178,7 +179,7 @@ def test_nothing_is_known() -> None:
     )  # fmt: skip
     text = texts(page_of(bare))
     assert "With one class only among the rows, there is no AUC." in text
-    assert "Intervals are missing" in text
+    assert "Intervals and tests are missing" in text
     assert not re.search(r"\bnan\b|\bNone\b", text)
 
 
@@ -201,13 +202,81 @@ def test_the_error_of_binned_areas_is_told(alone: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_on_calibration(value: float, width: float, expected: str) -> None:
-    found = evaluation()
+    assert expected in verdict(with_estimate(evaluation(), "calibration", around(value, width)))[-1]
+
+
+def test_calibration_without_an_interval_is_not_judged() -> None:
+    found = with_estimate(evaluation(), "calibration", Estimate(1.2346))
+    assert verdict(found)[-1] == (
+        f"{MODEL} predicts 1.23 times the clicks that there are; of so few groups, or rows, it is not tested "
+        "whether by chance."
+    )
+
+
+def test_rows_without_all_negatives_say_nothing_of_calibration(tmp_path: Path) -> None:
+    whole = with_estimate(evaluation(), "calibration", around(0.5))
+    found = replace(whole, sampled=True)
+    assert f"{MODEL} predicts 50.0 % fewer clicks than there are." in verdict(whole)
+    write_files(found, tmp_path)
+    text = texts((tmp_path / "report.html").read_text())
+    sentence = "the scores are for all rows, so calibration and ECE are not judged"
+    assert sentence in verdict(found)[-1]
+    assert sentence in text
+    assert "fewer clicks" not in text
+    assert "that of always saying the click rate" not in text
+    assert "predicted clicks over observed ones; 1 is right" not in text  # the tile
+    assert "predicted clicks over observed ones; 1 is right" in texts(page_of(whole))
+    assert json.loads((tmp_path / "metrics.json").read_text())["sampled"] is True
+
+
+def test_slices_without_a_test_are_not_counted(two: Evaluation) -> None:
+    assert two.findings is not None
+    first, *others = two.findings.slices
+    few = replace(others[-1], logloss=Difference(0.5, None, None, None, "t", "not told apart"), verdict=None,
+                  p_corrected=None)  # fmt: skip
+    for slices, told, in_page in (
+        ([first, *others[:2], few], "1 of 3 slices tested got significantly worse: device = phone; 1 more", "3 slices"),
+        ([*others[:2], few], "None of 2 slices tested got significantly worse; 1 more", "None of 2 slices tested is"),
+        ([few], "No part of the rows is large enough to be tested", "No slice is large enough to be tested."),
+    ):
+        found = replace(two, findings=replace(two.findings, slices=slices))
+        assert verdict(found)[1].startswith(told)
+        text = texts(bare_page_of(found))
+        assert in_page in text
+        assert text.count("2026-01-01 +0.5000 ○ not tested") == 1
+
+
+def bare_page_of(found: Evaluation) -> str:
+    """Without what takes long to draw."""
     assert found.findings is not None
-    estimates = {
-        **found.findings.estimates,
-        MODEL: {**found.findings.estimates[MODEL], "calibration": around(value, width)},
-    }
-    assert expected in verdict(replace(found, findings=replace(found.findings, estimates=estimates)))[-1]
+    findings = replace(found.findings, importance={}, masks={}, drift=None)
+    return render(found, findings, Curves({}, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "bad"), [("logloss", True), ("auc", True), ("brier", False), ("calibration", False)]
+)
+def test_the_verdict_is_coloured_by_log_loss_auc_and_slices(two: Evaluation, metric: str, bad: bool) -> None:
+    assert two.findings is not None
+    even, worse = (Difference(0.1, 0.05, 0.15, 0.5, "bootstrap", told) for told in ("not told apart", "worse"))
+    differences = dict.fromkeys(("logloss", "auc", "brier", "calibration"), even) | {metric: worse}
+    comparisons = [replace(two.findings.comparisons[0], differences=differences), *two.findings.comparisons[1:]]
+    findings = replace(two.findings, comparisons=comparisons, slices=two.findings.slices[1:])
+    assert ('class="verdict bad"' in bare_page_of(replace(two, findings=findings))) == bad
+
+
+def test_what_is_to_be_known_is_in_the_method(tmp_path: Path) -> None:
+    found = replace(evaluation(), notes=("Fitted on <some> rows.",))
+    write_files(found, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Fitted on <some> rows." in texts(page[page.index('id="method"') : page.index('id="model"')])
+    assert json.loads((tmp_path / "metrics.json").read_text())["notes"] == ["Fitted on <some> rows."]
+
+
+def with_estimate(found: Evaluation, metric: str, value: Estimate) -> Evaluation:
+    assert found.findings is not None
+    estimates = {**found.findings.estimates, MODEL: {**found.findings.estimates[MODEL], metric: value}}
+    return replace(found, findings=replace(found.findings, estimates=estimates))
 
 
 def test_the_curves_are_those_of_the_scores() -> None:

@@ -119,7 +119,7 @@ def test_the_best_trial_is_the_one_of_the_least_validation_loss(home: Home, answ
     assert best["value"] == pytest.approx(min(losses.values()), abs=1e-12)
     assert 0.5 < best["value"] < 0.7
     found = json.loads((home.out / "result.json").read_text())
-    assert found["configured"] == pytest.approx(losses[0], abs=1e-12)
+    assert found["first"] == {"value": pytest.approx(losses[0], abs=1e-12), "changed": {}}
     assert sum(found["trials"].values()) == 14
     assert not list((home.out / "trials").glob("*/checkpoints"))
 

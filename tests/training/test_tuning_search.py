@@ -11,19 +11,18 @@ from typing import Any
 import mlflow
 import optuna
 import pytest
-import scipy.stats
 import yaml
 
 from features.dataset import PreparedDataset
 from features.errors import InputError
 from training.config import Config
 from training.errors import Failure
+from training.sections import CalibrationConfig
 from training.tuning import search as search_module
 from training.tuning.results import trial_rows
 from training.tuning.search import Question, Search, best_of, open_study
 from training.tuning.space import Space
 from training.tuning.tracked import TrackedStudy
-from training.tuning.trained import compared, spread, spreads
 from training.tuning.trial import DIVERGED, DONE, FAILED, PRUNED, REFUSED, Questions, Result, Trial
 
 SPACE = {
@@ -239,6 +238,9 @@ def test_a_folder_holds_one_study(studied: Studied, config: Config, tmp_path: Pa
     other = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.25})})
     with pytest.raises(InputError, match="holds a study with another configuration"):
         studied.run(space=Space.load(tmp_path / "space.yaml", other, []))
+    other = config.model_copy(update={"calibration": CalibrationConfig(method="platt")})
+    with pytest.raises(InputError, match=r"^\S+ holds a study with another configuration; choose another --out[^\n]*$"):
+        studied.run(space=Space.load(tmp_path / "space.yaml", other, []))
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"model.blocks": {"low": 1, "high": 7}}))
     with pytest.raises(InputError, match="holds a study with another space"):
         studied.run(space=Space.load(tmp_path / "space.yaml", config, []))
@@ -284,38 +286,3 @@ def test_mlflow_gets_what_it_missed_when_it_is_back(
 
 def _away() -> Any:
     raise ConnectionError("no route to host")
-
-
-def test_the_interval_is_students() -> None:
-    value = {1: 0.70, 2: 0.72, 3: 0.71, 4: 0.74, 5: 0.73}
-    found = spread(value)
-    low, high = scipy.stats.t.interval(0.95, 4, loc=0.72, scale=scipy.stats.sem(list(value.values())))
-    assert (found.mean, found.low, found.high) == pytest.approx((0.72, low, high), abs=1e-12)
-    assert found.high is not None
-    assert found.high - 0.72 == pytest.approx(2.776445 * math.sqrt(0.00025 / 5), rel=1e-6)
-    alone = spread({1: 0.7})
-    assert (alone.mean, alone.low, alone.high, alone.deviation) == (0.7, None, None, None)
-
-
-def test_a_metric_that_a_seed_has_not_is_left_out() -> None:
-    results: dict[int, Result] = {
-        seed: {"metrics": {"valid": {"auc": 0.7, "gauc": gauc}, "test": {"auc": 0.6, "gauc": 0.5}}}
-        for seed, gauc in ((1, None), (2, 0.6))
-    }
-    found = spreads(results)
-    assert found["valid"].keys() == {"auc"}
-    assert found["test"]["gauc"].by_seed == {1: 0.5, 2: 0.5}
-
-
-def test_better_is_what_a_further_seed_would_hardly_reach() -> None:
-    """scipy's Welch test has no say for a single value; Student's with pooled variance is the same interval."""
-    found = spread({1: 0.630, 2: 0.628, 3: 0.626})
-    for configured in (0.60, 0.620, 0.624, 0.628, 0.632, 0.636, 0.65):
-        p = scipy.stats.ttest_ind([0.630, 0.628, 0.626], [configured], equal_var=True).pvalue
-        told = compared("logloss", found, configured)
-        assert told.startswith(f"validation logloss 0.6280 over 3 seeds, {configured:.4f} in the one trial")
-        verdict = told.rpartition(": ")[2]
-        assert verdict == ("not told apart" if p > 0.05 else "better" if configured > 0.628 else "worse")
-    assert compared("auc", found, 0.5).endswith(": better")
-    assert compared("auc", spread({1: 0.6}), 0.5).endswith("one seed does not tell")
-    assert "no value" in compared("auc", found, None)

@@ -71,14 +71,41 @@ def test_the_default_space_holds_what_is_promised() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["movielens", "kuairec", "synthetic"])
-def test_the_first_trial_is_the_configuration_where_the_space_has_it(name: str) -> None:
-    base = load_config(CONFIG.with_name(f"{name}.yaml"), [])
+@pytest.mark.parametrize("path", sorted(CONFIG.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_first_trial_is_the_configuration(path: Path) -> None:
+    base = load_config(path, [])
     space = Space.load(None, base, [])
-    first = space.of(space.configured())
-    assert first.model.model_dump() == base.model.model_dump()
-    assert first.optimizer.dense.lr == base.optimizer.dense.lr
-    assert first.train.batch_size == base.train.batch_size
+    assert space.of(space.configured()) == base
+    assert space.changed() == {}
+    searched = yaml.safe_load(DEFAULT.read_text())
+    assert space.plain()["model.embedding_norm"]["choices"] == searched["model.embedding_norm"]["choices"]
+
+
+def test_what_is_configured_is_a_choice(tmp_path: Path) -> None:
+    slot = {"name": "layer", "eps": 0.02}
+    base = load_config(CONFIG, [f"model.embedding_norm={json.dumps(slot)}", "model.head=[24]", "model.blocks=2"])
+    default = Space.load(None, base, [])
+    assert default.of(default.configured()) == base
+    assert {config.model.embedding_norm.eps for _, config in draws(default, 60)} == {1e-5, 0.01, 0.02, 0.1}
+    space = space_of(
+        tmp_path,
+        base,
+        model__embedding_norm={"choices": ["rms"]},
+        model__blocks={"choices": [2, 4]},
+        model__head={"choices": [[8], []], "when": {"model.kind": "serial"}},  # which it is not
+    )
+    assert space.plain()["model.embedding_norm"]["choices"] == ["rms", slot]
+    assert space.plain()["model.blocks"]["choices"] == [2, 4]
+    assert space.plain()["model.head"]["choices"] == [[8], []]
+    assert space.of(space.configured()) == base
+    assert {config.model.embedding_norm.eps for _, config in draws(space, 20)} == {1e-5, 0.02}
+
+
+def test_the_configured_number_has_all_its_digits() -> None:
+    base = load_config(CONFIG, ["optimizer.sparse.lr=0.0123456789"])
+    space = Space.load(None, base, [])
+    assert space.of(space.configured()) == base
+    assert all(len(str(config.optimizer.sparse.lr).strip("0.")) <= 4 for _, config in draws(space, 50))
 
 
 def test_the_nearest_of_what_a_space_has_not(tmp_path: Path, base: Config) -> None:
@@ -88,16 +115,26 @@ def test_the_nearest_of_what_a_space_has_not(tmp_path: Path, base: Config) -> No
         model__dropout={"low": 0.0, "high": 0.3, "step": 0.15},  # configured: 0.5
         model__blocks={"low": 4, "high": 8, "step": 2},  # 3
         model__block_width={"low": 10, "high": 100, "step": 30},  # 64
-        model__embedding_norm={"choices": ["rms", "layer"]},  # layer with another eps
         optimizer__dense__lr={"low": 1.0e-3, "high": 1.0e-2, "log": True},  # 3e-4
     )
     assert space.configured() == {
         "model.dropout": 0.3,
         "model.blocks": 4,
         "model.block_width": 70,
-        "model.embedding_norm": "rms",
         "optimizer.dense.lr": 1e-3,
     }
+    assert space.changed() == {
+        "model.dropout": {"configured": 0.5, "first": 0.3},
+        "model.blocks": {"configured": 3, "first": 4},
+        "model.block_width": {"configured": 64, "first": 70},
+        "optimizer.dense.lr": {"configured": 3e-4, "first": 1e-3},
+    }
+
+
+def test_a_key_that_does_not_apply_is_told_when_it_changes(tmp_path: Path, base: Config) -> None:
+    heads = {"choices": [[8]], "when": {"model.kind": "serial"}, "otherwise": []}
+    space = space_of(tmp_path, base, model__blocks=_WHOLE, model__head=heads)
+    assert space.changed() == {"model.head": {"configured": [64], "first": []}}
 
 
 def test_a_key_is_searched_only_where_it_matters(tmp_path: Path, base: Config) -> None:
@@ -137,6 +174,7 @@ _WHOLE = {"low": 1, "high": 3}
         ({"model.blocks.more": _WHOLE}, "model.blocks.more: unknown key"),
         ({"experiment": {"choices": ["a"]}}, "experiment: only keys of model, optimizer, schedule and train"),
         ({"train.seed": _WHOLE}, "train.seed: a trial's luck"),
+        ({"train.members": _WHOLE}, "train.members: a trial is one model; --ensemble"),
         ({"train.early_stop.metric": {"choices": ["auc"]}}, "train.early_stop.metric: that is --metric"),
         ({"model.blocks": {"low": 3, "high": 1}}, "model.blocks: low 3 must be below high 1"),
         ({"model.blocks": {"low": 0, "high": 3}}, "model.blocks: 0: Input should be greater than or equal to 1"),
@@ -176,5 +214,6 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, base: Config, ranges: 
 
 def test_a_space_that_does_not_go_with_the_configuration_is_refused_at_once(tmp_path: Path) -> None:
     base = load_config(CONFIG, ["model.kind=residual_serial", "model.head=[]"])
-    with pytest.raises(InputError, match="placement pre is for kind residual_serial"):
-        space_of(tmp_path, base, model__kind={"choices": ["serial"]})
+    heads = {"choices": [[8]], "when": {"model.kind": "parallel"}, "otherwise": [16]}
+    with pytest.raises(InputError, match=r"head must be \[\] for kind residual_serial"):
+        space_of(tmp_path, base, model__head=heads)

@@ -1,23 +1,26 @@
 """Models on the same rows: each metric with its interval, the differences, and a sentence that says what they mean.
 
 AUC is tested by DeLong's test where rows are independent, all else by the bootstrap, and so is AUC where rows come in
-groups, whose rows are not.
+groups, whose rows are not. With fewer than five clicks or five other rows no order is tested: draws of so few all say
+the same.
 
 Legend: N rows.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import numpy.typing as npt
 
-from training.evaluation.delong import delong_difference
+from training.evaluation.delong import MIN_EACH, delong_difference
 from training.evaluation.intervals import REPLICATES, Draws, Resampling, differences_of, estimates_of
 from training.evaluation.results import Comparison, Difference, Estimate
-from training.evaluation.sums import FloatN
+from training.evaluation.sums import RANKED, FloatN
 from training.numbers import digits_of, signed
 
 Progress = Callable[[int, int], None]
+ORDERED = ("auc", "pr_auc", *RANKED)
 _HEADLINES = {"logloss": "log loss", "auc": "AUC"}
 
 
@@ -35,6 +38,7 @@ def assess(
     scores: Mapping[str, FloatN],
     group_N: npt.ArrayLike | None = None,
     *,
+    rankings: Mapping[str, FloatN] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
     progress: Progress | None = None,
@@ -42,7 +46,9 @@ def assess(
     """Measure each scorer on the same draws of rows, and compare the first with all others.
 
     Args:
+        scores: probabilities, by scorer.
         group_N: of each row, None for a row without; None where no group is declared.
+        rankings: what orders the rows, of scorers where that is not the probabilities: AUC and rankings go by it.
         progress: told how many draws are done of how many, over all scorers.
 
     Raises:
@@ -57,11 +63,12 @@ def assess(
             progress(done, resampling.replicates * len(scores))
 
     resampling = Resampling(label_N, group_N, replicates=replicates, seed=seed, progress=advance)
-    draws = {name: resampling.draws(score_N) for name, score_N in scores.items()}
+    rankings = {**scores, **(rankings or {})}
+    draws = {name: resampling.draws(score_N, rankings[name]) for name, score_N in scores.items()}
     first, *others = scores
     return Assessment(
         {name: estimates_of(drawn) for name, drawn in draws.items()},
-        {name: _comparison(label_N, scores, draws, group_N is not None, first, name) for name in others},
+        {name: _comparison(label_N, rankings, draws, group_N is not None, first, name) for name in others},
         resampling.replicates,
     )
 
@@ -71,12 +78,14 @@ def estimates(
     scores: Mapping[str, FloatN],
     group_N: npt.ArrayLike | None = None,
     *,
+    rankings: Mapping[str, FloatN] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, dict[str, Estimate]]:
     """Each scorer's metrics with their intervals."""
     resampling = Resampling(label_N, group_N, replicates=replicates, seed=seed)
-    return {name: resampling.estimates(score_N) for name, score_N in scores.items()}
+    rankings = rankings or {}
+    return {name: resampling.estimates(score_N, rankings.get(name)) for name, score_N in scores.items()}
 
 
 def compare(
@@ -84,6 +93,7 @@ def compare(
     scores: Mapping[str, FloatN],
     group_N: npt.ArrayLike | None = None,
     *,
+    rankings: Mapping[str, FloatN] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
     progress: Progress | None = None,
@@ -91,18 +101,25 @@ def compare(
     """The first of two scorers against the second; ValueError unless there are two."""
     if len(scores) != 2:
         raise ValueError(f"two scorers are compared, not {len(scores)}: {', '.join(scores)}")
-    assessed = assess(label_N, scores, group_N, replicates=replicates, seed=seed, progress=progress)
+    assessed = assess(label_N, scores, group_N, rankings=rankings, replicates=replicates, seed=seed, progress=progress)
     return next(iter(assessed.comparisons.values()))
 
 
 def _comparison(
-    label_N: FloatN, scores: Mapping[str, FloatN], draws: Mapping[str, Draws], grouped: bool, first: str, second: str
+    label_N: FloatN, rankings: Mapping[str, FloatN], draws: Mapping[str, Draws], grouped: bool, first: str, second: str
 ) -> Comparison:
     differences = differences_of(draws[first], draws[second])
-    delong = delong_difference(label_N, scores[first], scores[second])
-    if not grouped and delong.p is not None:
+    delong = delong_difference(label_N, rankings[first], rankings[second])
+    clicks = int(np.sum(label_N))
+    if min(clicks, len(label_N) - clicks) < MIN_EACH:
+        differences |= {name: _untested(differences[name]) for name in ORDERED}
+    elif not grouped and delong.p is not None:
         differences["auc"] = delong
     return Comparison(first, second, differences, sentence(first, second, differences), delong)
+
+
+def _untested(found: Difference) -> Difference:
+    return replace(found, low=None, high=None, p=None, verdict="not told apart")
 
 
 def sentence(first: str, second: str, differences: Mapping[str, Difference]) -> str:
@@ -111,6 +128,8 @@ def sentence(first: str, second: str, differences: Mapping[str, Difference]) -> 
     told = {title: one for title, one in found.items() if one.verdict != "not told apart"}
     if not told:
         numbers = " and ".join(f"{title} {_numbers(one)}" for title, one in found.items())
+        if all(one.p is None for one in found.values()):
+            return f"{first} and {second} are not told apart: the groups, or rows, are too few to test. {numbers}."
         return f"{first} and {second} are not told apart by these rows: {numbers}."
     verdicts = list(dict.fromkeys(one.verdict for one in told.values()))
     parts = {

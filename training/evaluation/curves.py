@@ -64,7 +64,7 @@ def curves_of(evaluation: Evaluation) -> Curves:
             before_N = evaluation.uncalibrated[name]
             reliabilities[BEFORE.format(name)] = Reliability(*reliability(label_N, before_N))
     return Curves(
-        roc={name: _roc(label_N, score_N) for name, score_N in informative.items()} if both else {},
+        roc={name: _roc(label_N, evaluation.rankings[name]) for name in informative} if both else {},
         reliability=reliabilities,
         histogram={
             subject.name: _histogram(label_N, evaluation.scores[subject.name]) for subject in evaluation.subjects

@@ -19,6 +19,7 @@ from features.metrics_input import clicks_of, require_numbers
 from training.evaluation.intervals import LEVEL, verdict
 from training.evaluation.results import Difference, Estimate
 
+MIN_EACH = 5  # rows of a class; the spread of fewer is not known well enough for a normal distribution
 FloatN = npt.NDArray[np.floating]
 BoolN = npt.NDArray[np.bool_]
 
@@ -34,7 +35,7 @@ def pairs_won(click_N: BoolN, score_N: FloatN) -> npt.NDArray[np.float64]:
 
 
 def delong_auc(label_N: FloatN, score_N: FloatN) -> Estimate:
-    """AUC and its 95 % interval; None unless both classes occur, the interval unless both do twice."""
+    """AUC and its 95 % interval; None unless both classes occur, the interval unless both do five times."""
     value, error = _mean_and_error(label_N, (score_N,))
     return Estimate(value, *_interval(value, error))
 
@@ -42,8 +43,8 @@ def delong_auc(label_N: FloatN, score_N: FloatN) -> Estimate:
 def delong_difference(label_N: FloatN, score_N: FloatN, other_N: FloatN) -> Difference:
     """AUC of the first scores minus that of the others, paired by row.
 
-    p and the interval are None where AUC is, with fewer than two rows of a class, and where the AUCs differ without any
-    spread (as a perfect model's and a constant's).
+    p and the interval are None where AUC is, with fewer than five rows of a class, and where the AUCs differ without
+    any spread (as a perfect model's and a constant's).
     """
     value, error = _mean_and_error(label_N, (score_N, other_N))
     if value is None or error is None or (error == 0 and value != 0):
@@ -64,7 +65,7 @@ def _mean_and_error(label_N: FloatN, scores: tuple[FloatN, ...]) -> tuple[float 
         require_numbers(score_N)
         won_N += sign * pairs_won(click_N, score_N)
     won_P, won_Q = won_N[click_N] / others, won_N[~click_N] / clicks
-    if min(clicks, others) < 2:
+    if min(clicks, others) < MIN_EACH:
         return float(won_P.mean()), None
     return float(won_P.mean()), math.sqrt(won_P.var(ddof=1) / clicks + won_Q.var(ddof=1) / others)
 

@@ -53,7 +53,7 @@ def evaluate(
         if scorer.calibration.kind != "none":
             uncalibrated[subject.name] = found_N
     scores |= baselines
-    group_N = groups_of(rows.table)
+    rankings, group_N = scores | uncalibrated, groups_of(rows.table)
     return Evaluation(
         subjects=subjects,
         source=rows.source,
@@ -61,22 +61,23 @@ def evaluate(
         group_N=group_N,
         scores=scores,
         uncalibrated=uncalibrated,
-        metrics={who: score_metrics(label_N, score_N, group_N) for who, score_N in scores.items()},
+        metrics={who: score_metrics(label_N, score_N, group_N, rankings[who]) for who, score_N in scores.items()},
         metrics_before={who: score_metrics(label_N, score_N, group_N) for who, score_N in uncalibrated.items()},
-        by_familiarity=_by_familiarity(subjects[0], label_N, scores),
-        bounds=_bounds(label_N, scores),
+        by_familiarity=_by_familiarity(subjects[0], label_N, rankings),
+        bounds=_bounds(label_N, rankings),
+        sampled=rows.sampled,
     )
 
 
-def _bounds(label_N: FloatN, scores: dict[str, FloatN]) -> dict[str, dict[str, float]]:
+def _bounds(label_N: FloatN, rankings: dict[str, FloatN]) -> dict[str, dict[str, float]]:
     """Errors of areas under curves that are binned, as they are of very many rows."""
     if len(label_N) <= EXACT_ROWS:
         return {}
-    found = {who: areas(label_N, score_N, EXACT_ROWS) for who, score_N in scores.items()}
+    found = {who: areas(label_N, ranking_N, EXACT_ROWS) for who, ranking_N in rankings.items()}
     return {who: {"auc": roc.bound, "pr_auc": precision.bound} for who, (roc, precision) in found.items()}
 
 
-def _by_familiarity(subject: Subject, label_N: FloatN, scores: dict[str, FloatN]) -> dict[str, Any]:
+def _by_familiarity(subject: Subject, label_N: FloatN, rankings: dict[str, FloatN]) -> dict[str, Any]:
     """AUC for groups (users) that training knew and for new ones apart; {} unless the group is a field with ids."""
     bundle = subject.bundle
     group = bundle.schema.group
@@ -88,7 +89,7 @@ def _by_familiarity(subject: Subject, label_N: FloatN, scores: dict[str, FloatN]
     return {
         name: {
             "rows": int(part_N.sum()),
-            "auc": {who: auc(label_N[part_N], score_N[part_N]) for who, score_N in scores.items()},
+            "auc": {who: auc(label_N[part_N], ranking_N[part_N]) for who, ranking_N in rankings.items()},
         }
         for name, part_N in parts.items()
     }

@@ -6,14 +6,14 @@ from functools import partial
 from typing import TypeVar
 
 from features.dataset import SplitFiles
-from training.evaluation.comparison import assess
+from training.evaluation.comparison import Assessment, assess
 from training.evaluation.cost import cost
 from training.evaluation.drift import drift
 from training.evaluation.findings import Evaluation, Findings, Resampled, Subject
 from training.evaluation.looks import importance
 from training.evaluation.masks import mask_statistics
 from training.evaluation.names import Known
-from training.evaluation.results import Drift, Slice
+from training.evaluation.results import Comparison, Drift, Slice
 from training.evaluation.slices import slices
 
 T = TypeVar("T")
@@ -49,7 +49,12 @@ def examine(
     """
     label_N, group_N = evaluation.label_N, evaluation.group_N
     assessed = assess(
-        label_N, evaluation.scores, group_N, replicates=replicates, progress=partial(progress, "intervals")
+        label_N,
+        evaluation.scores,
+        group_N,
+        rankings=evaluation.rankings,
+        replicates=replicates,
+        progress=partial(progress, "intervals"),
     )
 
     def each(stage: str, find: Callable[[Subject], T]) -> dict[str, T]:
@@ -64,7 +69,7 @@ def examine(
     findings = Findings(
         resampled=Resampled(assessed.replicates, evaluation.bundle.schema.group if group_N is not None else None),
         estimates=assessed.estimates,
-        comparisons=list(assessed.comparisons.values()),
+        comparisons=_comparisons(assessed, evaluation.sampled),
         slices=_slices(evaluation, seen, progress),
         importance=each("importance", lambda one: importance(one.bundle, one.table, label_N)),
         masks={name: found for name, found in masks.items() if found is not None},
@@ -74,13 +79,34 @@ def examine(
     return replace(evaluation, findings=findings)
 
 
+def _comparisons(assessed: Assessment, sampled: bool) -> list[Comparison]:
+    """Without a judgement of probabilities where negatives are missing among the rows."""
+    left_out = {"calibration", "ece"} if sampled else set()
+    return [
+        replace(one, differences={name: found for name, found in one.differences.items() if name not in left_out})
+        for one in assessed.comparisons.values()
+    ]
+
+
 def _slices(evaluation: Evaluation, seen: Seen, progress: Progress) -> list[Slice]:
     """Of the rows as the model encodes them, and the models' scores alone."""
     progress("slices", 0, 1)
     first = evaluation.subjects[0]
-    scores = {subject.name: evaluation.scores[subject.name] for subject in evaluation.subjects}
+    scores, rankings = (
+        {subject.name: by_name[subject.name] for subject in evaluation.subjects}
+        for by_name in (evaluation.scores, evaluation.rankings)
+    )
     pair = None if evaluation.rival is None else (first.name, evaluation.rival)
-    found = slices(first.bundle, first.table, evaluation.label_N, scores, pair=pair, train=seen.train, known=seen.known)
+    found = slices(
+        first.bundle,
+        first.table,
+        evaluation.label_N,
+        scores,
+        rankings=rankings,
+        pair=pair,
+        train=seen.train,
+        known=seen.known,
+    )
     progress("slices", 1, 1)
     return found
 

@@ -20,6 +20,8 @@ REPORT, METRICS, SLICES = "report.html", "metrics.json", "slices.csv"
 def write_files(evaluation: Evaluation, out: Path, html: bool = True) -> list[Path]:
     """Write the files of an examined evaluation into `out`; return their paths, the one to read first.
 
+    Without `html`, a report.html that is there is removed: it would be of other numbers.
+
     Raises:
         InputError: `out` cannot be a folder.
     """
@@ -35,6 +37,7 @@ def write_files(evaluation: Evaluation, out: Path, html: bool = True) -> list[Pa
     with file_written_whole(out / METRICS) as aside:
         write_json(aside, plain(evaluation, findings, curves))
     if not html:
+        (out / REPORT).unlink(missing_ok=True)  # of another evaluation
         return [out / METRICS, out / SLICES]
     with file_written_whole(out / REPORT) as aside:
         aside.write_text(render(evaluation, findings, curves))
@@ -52,6 +55,8 @@ def plain(evaluation: Evaluation, findings: Findings, curves: Curves) -> dict[st
         "clicks": evaluation.clicks,
         "metrics": evaluation.metrics,
         "bounds": evaluation.bounds,
+        "sampled": evaluation.sampled,
+        "notes": list(evaluation.notes),
         "metrics_before_calibration": evaluation.metrics_before,
         "intervals": intervals(findings),
         "resampled": asdict(findings.resampled),

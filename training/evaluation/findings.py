@@ -73,6 +73,8 @@ class Evaluation:
         metrics_before: the same of the scores before calibration.
         bounds: how far the exact "auc" and "pr_auc" can be, by scorer; {} where the metrics are exact.
         by_familiarity: AUC of groups known and new to the model.
+        sampled: whether negatives are missing among the rows, which the scores do not know: they are for all rows.
+        notes: what is to be known of how it was done, sentence by sentence.
     """
 
     subjects: tuple[Subject, ...]
@@ -85,7 +87,14 @@ class Evaluation:
     metrics_before: dict[str, dict[str, float | None]]
     by_familiarity: dict[str, dict[str, Any]]
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
+    sampled: bool = False
+    notes: tuple[str, ...] = ()
     findings: Findings | None = None
+
+    @property
+    def rankings(self) -> dict[str, FloatN]:
+        """What orders the rows, by scorer: a model's scores before calibration."""
+        return self.scores | self.uncalibrated
 
     @property
     def bundle(self) -> Bundle:

@@ -24,6 +24,7 @@ from training.evaluation.sums import RANKED, Clustered, FloatN, Floats, areas_of
 
 Draws = Mapping[str, Floats]
 REPLICATES, LEVEL = 1000, 0.05
+MIN_CLUSTERS = 8  # of one size; fewer leave their draws too few values for a percentile of 2.5 %
 HIGHER_IS_BETTER = {"auc", "pr_auc", "rig", *RANKED}
 _BLOCK = 100  # replicates at a time
 
@@ -40,7 +41,9 @@ class Resampling:
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Draw; with a single cluster there is nothing to draw, `replicates` is 0, and intervals are None.
+        """Draw; of too few clusters nothing is drawn: `replicates` is 0, and intervals and p are None.
+
+        Too few are those worth fewer than eight of one size (Kish, Survey Sampling, 1965): rows² / Σ a cluster's rows².
 
         Args:
             group_N: of each row, None for a row without; None where no group is declared.
@@ -49,16 +52,23 @@ class Resampling:
         self._label_N, self._group_N = label_N, group_N
         self._rows = Clustered.of(clicks_of(label_N, label_N), group_N, seed)
         self.clusters = self._rows.clusters
-        self.replicates = replicates if self.clusters > 1 else 0
+        squares = int((np.bincount(self._rows.cluster_N).astype(np.int64) ** 2).sum())
+        self.replicates = replicates if len(label_N) ** 2 >= MIN_CLUSTERS * squares and squares else 0
         self._weight_RG = np.ones((1, self.clusters), np.float32)  # whole numbers, so that fp32 is exact
         if self.replicates:
             self._weight_RG = drawn_weights(self.clusters, replicates, seed).astype(np.float32)
         self._progress = progress
 
-    def draws(self, score_N: FloatN) -> Draws:
-        """Each metric of `score_metrics` by replicate, of [1 + R]; NaN where it is not defined."""
-        found = score_metrics(self._label_N, score_N, self._group_N)
-        sums, count_GB = self._rows.sums(score_N), self._rows.counts(score_N)
+    def draws(self, score_N: FloatN, ranking_N: FloatN | None = None) -> Draws:
+        """Each metric of `score_metrics` by replicate, of [1 + R]; NaN where it is not defined.
+
+        Args:
+            score_N: probabilities.
+            ranking_N: what orders the rows; the probabilities unless given.
+        """
+        ranking_N = score_N if ranking_N is None else ranking_N
+        found = score_metrics(self._label_N, score_N, self._group_N, ranking_N)
+        sums, count_GB = self._rows.sums(score_N, ranking_N), self._rows.counts(ranking_N)
         sum_GK = np.stack(list(sums.values()), axis=1)
         parts = []
         for start in range(0, len(self._weight_RG), _BLOCK):
@@ -70,9 +80,9 @@ class Resampling:
         drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {name: _around(name, value, drawn.get(name), len(self._weight_RG)) for name, value in found.items()}
 
-    def estimates(self, score_N: FloatN) -> dict[str, Estimate]:
+    def estimates(self, score_N: FloatN, ranking_N: FloatN | None = None) -> dict[str, Estimate]:
         """Each metric with its interval."""
-        return estimates_of(self.draws(score_N))
+        return estimates_of(self.draws(score_N, ranking_N))
 
     def differences(self, score_N: FloatN, other_N: FloatN) -> dict[str, Difference]:
         """Each metric of the first scores minus that of the others, see `differences_of`."""

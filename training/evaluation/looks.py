@@ -50,8 +50,8 @@ def importance(
 
 
 def _quality(bundle: Bundle, table: pa.Table, label_S: FloatN) -> tuple[float | None, float]:
-    score_S = bundle.scorer.score_encoded(table)
-    return auc(label_S, score_S), logloss(label_S, score_S)
+    ranking_S = bundle.scorer.uncalibrated(table)
+    return auc(label_S, ranking_S), logloss(label_S, bundle.scorer.calibration.apply(ranking_S))
 
 
 def _lost(

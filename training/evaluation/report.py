@@ -20,7 +20,7 @@ from training.evaluation.pictures import (
 )
 from training.evaluation.results import Drift, Slice
 from training.evaluation.slices import worse
-from training.evaluation.wording import tiles, titles, verdict
+from training.evaluation.wording import SAMPLED, tiles, titles, verdict
 from training.numbers import digits_of, number, p_value, signed
 
 _FOREST = 24  # slices in the picture of differences: what does not fit on a page is in the tables
@@ -50,7 +50,9 @@ def render(evaluation: Evaluation, findings: Findings, curves: Curves) -> str:
         tiles=tiles(evaluation, findings),
         titles=titles(evaluation),
         worse=worse(findings.slices),
-        compared=sum(one.verdict is not None for one in findings.slices),
+        tested=sum(one.verdict is not None for one in findings.slices),
+        bad=_is_bad(evaluation, findings),
+        sampled=SAMPLED if evaluation.sampled else None,
         slices=by_field(findings.slices),
         rates=_true_rates(curves),
         forest=forest,
@@ -58,6 +60,15 @@ def render(evaluation: Evaluation, findings: Findings, curves: Curves) -> str:
         drifts=_largest(findings.drift),
         psi_bounds=(SOME_PSI, DRIFT),
     )
+
+
+def _is_bad(evaluation: Evaluation, findings: Findings) -> bool:
+    """Whether the model is worse than its rival in log loss, AUC or a slice."""
+    against = next((found for found in findings.comparisons if found.second == evaluation.rival), None)
+    if against is None:
+        return False
+    verdicts = {against.differences[key].verdict for key in ("logloss", "auc")}
+    return bool(worse(findings.slices)) or "worse" in verdicts
 
 
 def _pictures(findings: Findings, curves: Curves, forest: list[Slice]) -> dict[str, Any]:

@@ -63,8 +63,8 @@ class Slice:
         name: as a person reads it: "gender = F", "user_id: cold (not seen in training)".
         metrics: by model, then by metric ("auc", "logloss", "calibration"); None where not defined.
         logloss: Δ log loss, of two models.
-        p_corrected: of that difference, corrected for the number of slices (Holm).
-        verdict: of that difference.
+        p_corrected: of that difference, corrected for the number of slices tested (Holm).
+        verdict: of that difference; None where it is not tested, of too few groups.
     """
 
     field: str

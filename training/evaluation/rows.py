@@ -19,17 +19,21 @@ from training.evaluation.names import Known, known_values
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled rows in a model's encoding, where they come from, and values by which ids that are hashes are named."""
+    """Labelled rows in a model's encoding, where they come from, and values by which ids that are hashes are named.
+
+    `sampled`: whether negatives are missing among them, dropped when preparing or before the rows arrived.
+    """
 
     table: pa.Table
     source: str
     known: Known = field(default_factory=dict)
+    sampled: bool = False
 
 
 def rows_of_dataset(bundle: Bundle, dataset: PreparedDataset, split: str) -> Rows:
     """A split of prepared data; InputError unless it was encoded by the model's own pipeline."""
     dataset.require_pipeline(bundle.pipeline.digest, f"model {bundle.name}")
-    return Rows(dataset.split(split), f"{split} split of {dataset.path}", _known(dataset))
+    return Rows(dataset.split(split), f"{split} split of {dataset.path}", _known(dataset), _sampled(dataset, split))
 
 
 def rows_of_files(bundle: Bundle, sources: Sequence[str], max_bad_rows: float) -> Rows:
@@ -38,7 +42,7 @@ def rows_of_files(bundle: Bundle, sources: Sequence[str], max_bad_rows: float) -
         data = Path(folder) / "data"
         prepare(bundle.schema, {"test": list(sources)}, data, pipeline=bundle.pipeline, max_bad_rows=max_bad_rows)
         dataset = PreparedDataset.open(data)
-        return Rows(dataset.split("test"), ", ".join(sources), _known(dataset))
+        return Rows(dataset.split("test"), ", ".join(sources), _known(dataset), _sampled(dataset, "test"))
 
 
 def same_rows_of_files(first: Bundle, second: Bundle, sources: Sequence[str], max_bad_rows: float) -> tuple[Rows, Rows]:
@@ -60,7 +64,17 @@ def same_rows_of_files(first: Bundle, second: Bundle, sources: Sequence[str], ma
     _require_same_labels(*tables, sources)
     left_out = one.table.num_rows + other.table.num_rows - 2 * len(kept_N)
     aside = f" without {left_out:,} rows that one of the models cannot read" if left_out else ""
-    return Rows(tables[0], one.source + aside, one.known), Rows(tables[1], other.source + aside, other.known)
+    sampled = one.sampled or other.sampled
+    return (
+        Rows(tables[0], one.source + aside, one.known, sampled),
+        Rows(tables[1], other.source + aside, other.known, sampled),
+    )
+
+
+def _sampled(dataset: PreparedDataset, split: str) -> bool:
+    """`negative_sampling` drops negatives of the training split alone; `already_sampled` speaks of all rows."""
+    dropped, arrived = dataset.schema.negative_sampling, dataset.schema.already_sampled
+    return (arrived is not None and arrived.rate < 1) or (split == "train" and dropped is not None and dropped.rate < 1)
 
 
 def _known(dataset: PreparedDataset) -> Known:

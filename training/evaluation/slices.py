@@ -33,6 +33,7 @@ def slices(
     label_N: FloatN,
     scores: Mapping[str, FloatN],
     *,
+    rankings: Mapping[str, FloatN] | None = None,
     pair: tuple[str, str] | None = None,
     train: SplitFiles | None = None,
     known: Known = MappingProxyType({}),
@@ -48,7 +49,8 @@ def slices(
         bundle: what has encoded the rows.
         table: the rows, with their group and time.
         label_N: 0 or 1.
-        scores: of the same rows, by model.
+        scores: probabilities of the same rows, by model.
+        rankings: what orders the rows, of models where that is not the probabilities: AUC goes by it.
         pair: two of the models: on every slice the first is compared with the second.
         train: the training split in the same encoding; without it there are no activity bands.
         known: values by which hashed and managed ids are named (`training.evaluation.names.known_values`).
@@ -56,7 +58,7 @@ def slices(
         min_rows: see above.
         min_each: see above.
     """
-    measure = _Measure.of(label_N, scores, groups_of(table), pair)
+    measure = _Measure.of(label_N, scores, {**scores, **(rankings or {})}, groups_of(table), pair)
     found: list[Slice] = []
     for cut in _cuts(bundle, table, train, known, top):
         for kind, name, row_P in cut.parts():
@@ -67,7 +69,7 @@ def slices(
 
 
 def worse(found: Sequence[Slice]) -> list[Slice]:
-    """The slices on which the first model is worse, p being corrected for the number of slices; the worst first."""
+    """The slices on which the first model is worse, p being corrected for the number tested; the worst first."""
     return sorted((s for s in found if s.verdict == "worse"), key=lambda s: -_delta(s))
 
 
@@ -97,15 +99,15 @@ def _without_repeats(found: list[Slice]) -> list[Slice]:
 
 
 def _corrected(found: list[Slice]) -> list[Slice]:
-    """With the p-values of all tests corrected together, and the verdicts that remain."""
+    """With the p-values of all tests corrected together, and their verdicts; slices without a test have none."""
     tests = [s.logloss.p for s in found if s.logloss is not None and s.logloss.p is not None]
     corrected = iter(holm(tests))
     told: list[Slice] = []
     for part in found:
-        if part.logloss is None:
+        if part.logloss is None or part.logloss.p is None:
             told.append(part)
             continue
-        p = None if part.logloss.p is None else next(corrected)
+        p = next(corrected)
         told.append(replace(part, p_corrected=p, verdict=verdict(_delta(part), p)))
     return told
 
@@ -116,6 +118,7 @@ class _Measure:
 
     click_N: BoolN
     scores: Mapping[str, FloatN]
+    rankings: Mapping[str, FloatN]
     loss: Mapping[str, FloatN]
     pair: tuple[str, str] | None
     cluster_N: npt.NDArray[np.integer]
@@ -125,13 +128,14 @@ class _Measure:
         cls,
         label_N: FloatN,
         scores: Mapping[str, FloatN],
+        rankings: Mapping[str, FloatN],
         group_N: npt.NDArray[np.generic] | None,
         pair: tuple[str, str] | None,
     ) -> "_Measure":
         cluster_N = clusters_of(group_N, len(label_N)) if pair else np.empty(0, np.int64)
         click_N = label_N > 0
         loss = {name: log_losses(click_N, score_N) for name, score_N in scores.items()}
-        return cls(click_N, scores, loss, pair, cluster_N)
+        return cls(click_N, scores, rankings, loss, pair, cluster_N)
 
     def __call__(self, part: Slice, row_P: IndexN) -> Slice:
         """The slice with its metrics and difference."""
@@ -139,7 +143,7 @@ class _Measure:
         for name, score_N in self.scores.items():
             score_P = score_N[row_P]
             metrics[name] = {
-                "auc": roc_area(count_scores(click_P, score_P)).value,
+                "auc": roc_area(count_scores(click_P, self.rankings[name][row_P])).value,
                 "logloss": float(self.loss[name][row_P].mean()),
                 "calibration": float(score_P.sum(dtype=np.float64)) / part.clicks if part.clicks else None,
             }

@@ -40,8 +40,8 @@ class Clustered:
         code_N, groups = (None, 0) if group_N is None else codes_of(group_N)
         return cls(click_N, cluster_N, int(cluster_N.max(initial=-1)) + 1, code_N, groups)
 
-    def sums(self, score_N: FloatN) -> dict[str, Floats]:
-        """By name, of [G] each: what `metrics_of_sums` needs."""
+    def sums(self, score_N: FloatN, ranking_N: FloatN) -> dict[str, Floats]:
+        """By name, of [G] each: what `metrics_of_sums` needs, of probabilities and of what orders the rows."""
         edges = reliability_edges(score_N)
         gap_BG = np.zeros((len(edges) + 1, self.clusters))
         found_KG = np.zeros((5, self.clusters))
@@ -54,16 +54,16 @@ class Clustered:
             cell_N = np.searchsorted(edges, score, side="right") * self.clusters + cluster
             gap_BG += np.bincount(cell_N, score - click.astype(np.float64), gap_BG.size).reshape(gap_BG.shape)
         sums = dict(zip(("rows", "clicks", "score", "logloss", "brier"), found_KG, strict=True))
-        return sums | {f"gap {index}": gap_G for index, gap_G in enumerate(gap_BG)} | self._grouped(score_N)
+        return sums | {f"gap {index}": gap_G for index, gap_G in enumerate(gap_BG)} | self._grouped(ranking_N)
 
-    def _grouped(self, score_N: FloatN) -> dict[str, Floats]:
+    def _grouped(self, ranking_N: FloatN) -> dict[str, Floats]:
         """Sums over a cluster's groups of what their rankings are worth, and of what these are divided by."""
         if self.code_N is None:
             return {}
         has = self.code_N >= 0
         cluster_J = np.zeros(self.groups, np.int64)
         cluster_J[self.code_N[has]] = self.cluster_N[has]
-        ranked = rank_groups(self.click_N, score_N, self.code_N, self.groups)
+        ranked = rank_groups(self.click_N, ranking_N, self.code_N, self.groups)
         both_J = np.where(ranked.has_both_G, ranked.rows_G, 0)
         worth = (both_J * ranked.auc_G, ranked.ndcg_G, ranked.reciprocal_G, ranked.recall_G)
         values = (*map(np.nan_to_num, worth), both_J, ranked.clicks_G > 0)

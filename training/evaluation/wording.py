@@ -22,6 +22,10 @@ METRICS = {
     "pr_auc": "PR AUC",
     "brier": "Brier",
 }
+SAMPLED = (
+    "Negatives are missing among these rows and the scores are for all rows, so calibration and ECE are not judged, "
+    "and log loss is not that of all rows."
+)
 _TILES = ("auc", "logloss", "calibration")
 
 
@@ -57,13 +61,16 @@ def verdict(evaluation: Evaluation) -> list[str]:
         sentences = [found.sentence for found in reversed(compared)]  # the best baseline is the last
     if evaluation.clicks in (0, evaluation.rows):
         sentences.append("With one class only among the rows, there is no AUC.")
+    if evaluation.sampled:
+        return [*sentences, SAMPLED]
     return [*sentences, *_calibration(evaluation.model, findings.estimates[evaluation.model]["calibration"])]
 
 
 def tiles(evaluation: Evaluation, findings: Findings) -> list[Tile]:
     """The numbers at the top; metrics that are not defined have none."""
     own = findings.estimates[evaluation.model]
-    found = [Tile(key, METRICS[key], own[key], _meaning(key, evaluation)) for key in _TILES]
+    keys = [key for key in _TILES if key != "calibration" or not evaluation.sampled]
+    found = [Tile(key, METRICS[key], own[key], _meaning(key, evaluation)) for key in keys]
     ranked = next((key for key in ("ndcg@10", "gauc") if own.get(key, Estimate(None)).value is not None), None)
     if ranked is not None:
         found.append(Tile(ranked, METRICS[ranked], own[ranked], _meaning(ranked, evaluation)))
@@ -71,22 +78,28 @@ def tiles(evaluation: Evaluation, findings: Findings) -> list[Tile]:
 
 
 def _slices(slices: list[Slice]) -> str:
-    compared = [one for one in slices if one.verdict is not None]
-    if not compared:
-        return "No part of the rows is large enough to be compared on its own."
+    tested = sum(one.verdict is not None for one in slices)
+    if not tested:
+        return "No part of the rows is large enough to be tested on its own."
+    left = f"; {len(slices) - tested} more are of too few groups to test" if tested < len(slices) else ""
     found = worse(slices)
     if not found:
-        return f"None of {len(compared)} slices got significantly worse."
+        return f"None of {tested} slices tested got significantly worse{left}."
     named = ", ".join(one.name for one in found[:3])
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f"{len(found)} of {len(compared)} slices got significantly worse: {named}{more}."
+    return f"{len(found)} of {tested} slices tested got significantly worse: {named}{more}{left}."
 
 
 def _calibration(model: str, found: Estimate) -> list[str]:
     """Whether the scores are probabilities on the whole."""
     if found.value is None:
         return []
-    if found.low is None or found.high is None or found.low <= 1 <= found.high:
+    if found.low is None or found.high is None:
+        return [
+            f"{model} predicts {number(found.value, 2)} times the clicks that there are; of so few groups, or rows, "
+            "it is not tested whether by chance."
+        ]
+    if found.low <= 1 <= found.high:
         return [f"{model} predicts as many clicks as there are, as far as these rows can tell."]
     much, word = 100 * abs(found.value - 1), "more" if found.value > 1 else "fewer"
     return [f"{model} predicts {much:.1f} % {word} clicks than there are."]
@@ -99,7 +112,7 @@ def _meaning(key: str, evaluation: Evaluation) -> str:
         return f"of pairs of a click and another row, {100 * (value['auc'] or 0):.1f} % are in the right order"
     if key == "logloss":
         ne = value["ne"]
-        if ne is None:
+        if ne is None or evaluation.sampled:
             return "mean negative log-likelihood of the labels"
         return f"{100 * abs(1 - ne):.1f} % {'below' if ne <= 1 else 'above'} that of always saying the click rate"
     if key == "calibration":

@@ -11,7 +11,8 @@ from rich.text import Text
 from features.errors import InputError
 from training.progress import stages
 from training.promotion.checks import Check
-from training.promotion.promote import Promoted, PromoteOptions, Refused, promote, roll_back
+from training.promotion.promote import Promoted, PromoteOptions, Refused, promote
+from training.promotion.rollback import roll_back
 from training.promotion.trial import Given
 
 

@@ -44,14 +44,19 @@ class PromotionConfig(Frozen):
         default=0.05, gt=0, lt=1, description="p below which a worse log loss or AUC is no chance, and refused"
     )
     max_calibration_error: float = Field(
-        default=0.1, ge=0, description="largest |predicted / observed clicks − 1|, or what chance alone explains"
+        default=0.1,
+        ge=0,
+        description="largest |predicted / observed clicks − 1|; where chance explains more, "
+        "that, up to three times as much",
     )
     max_ece: float = Field(
-        default=0.05, ge=0, description="largest expected calibration error, or what chance alone explains"
+        default=0.05,
+        ge=0,
+        description="largest expected calibration error; where chance explains more, that, up to three times as much",
     )
     min_rows: int = Field(default=100, ge=2, description="fewer rows judge no model")
     slices: tuple[SliceRule, ...] = Field(default=(), description="parts of the rows that must not get worse")
-    min_slice_rows: int = Field(default=100, ge=1, description="a slice with fewer rows is shown and judges nothing")
+    min_slice_rows: int = Field(default=100, ge=1, description="a slice with fewer rows judges nothing")
     replicates: int = Field(default=1000, ge=100, description="draws of the bootstrap behind intervals and p")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import SplitFiles
-from features.encoders import MISSING, UNKNOWN, Scale
+from features.encoders import MISSING, UNKNOWN, DatePart, Hash, LogBucket, Quantile, Scale
 from features.errors import InputError, listed
 from features.fields import CrossField, DateField
 from features.pipeline import FittedField
@@ -18,6 +18,7 @@ from training.evaluation.cuts import items_of
 from training.promotion.config import SliceRule
 
 IndexN = npt.NDArray[np.integer]
+_NEVER_UNKNOWN = (DatePart, Hash, LogBucket, Quantile)
 
 
 def rows_of_rule(rule: SliceRule, bundle: Bundle, table: pa.Table, train: SplitFiles | None) -> IndexN:
@@ -30,7 +31,8 @@ def rows_of_rule(rule: SliceRule, bundle: Bundle, table: pa.Table, train: SplitF
         train: the training split in its encoding, or None.
 
     Raises:
-        InputError: the model has no such field, or knows no such value of it; or the rule needs the training rows.
+        InputError: the model has no such field, or knows no such value of it; every value of the field
+            is known; or the rule needs the training rows.
     """
     if rule.is_ in BANDS:
         if train is None:
@@ -42,6 +44,10 @@ def rows_of_rule(rule: SliceRule, bundle: Bundle, table: pa.Table, train: SplitF
         raise InputError(f"promotion config: slice {rule.name!r}: the model has no such field; it has {names}")
     if isinstance(field.encoder, Scale):
         return _rows_of_number(rule, field, table)
+    if rule.is_ == "unknown" and isinstance(field.encoder, _NEVER_UNKNOWN):
+        raise InputError(
+            f"promotion config: slice {rule.name!r}: no value of {field.name} is unknown: every one has a bucket"
+        )
     ids_I, row_I = items_of(field, table, bundle.scorer.id_maps)
     wanted = {"missing": MISSING, "unknown": UNKNOWN}.get(rule.is_ or "")
     if wanted is None:

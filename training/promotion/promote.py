@@ -1,4 +1,4 @@
-"""`masknet promote`: give an alias to a version that stands the test against its holder, or back to the one before."""
+"""`masknet promote`: give an alias to a version that stands the test against its holder."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,13 +12,13 @@ from training.errors import Failure
 from training.numbers import number, signed
 from training.promotion.checks import Check, failed
 from training.promotion.config import PromotionConfig, load_promotion_config
-from training.promotion.names import require_alias, require_name, require_reason
+from training.promotion.names import require_alias, require_reason
 from training.promotion.registry import AliasRecord, Change
 from training.promotion.trial import Contender, Evidence, Given, Progress, try_out
 
 CHAMPION = "champion"
 _METRICS = ("auc", "logloss", "calibration", "ece")  # of a version's tag
-PROMOTION_FILE, ROLLBACK_FILE = "promotion.json", "rollback.json"  # in the run of the version they are about
+PROMOTION_FILE = "promotion.json"  # in the run of the version it is about
 
 
 class Refused(Failure):
@@ -42,13 +42,20 @@ class PromoteOptions:
 
 @dataclass(frozen=True)
 class Promoted:
-    """Who holds the alias now, whom it replaced, why, and the checks that were made."""
+    """Who holds the alias now, whom it replaced, why, the checks that were made, and whether the alias has moved."""
 
     model_uri: str
     alias: str
     replaced: str | None
     reason: str
     checks: tuple[Check, ...] = ()
+    moved: bool = True
+
+    def __str__(self) -> str:
+        if not self.moved:
+            return f"{self.model_uri} {self.reason}: nothing has changed"
+        before = f", replacing {self.replaced}" if self.replaced else ""
+        return f"{self.model_uri} is now {self.alias}{before}: {self.reason}"
 
     def plain(self) -> dict[str, Any]:
         """What --json prints."""
@@ -68,24 +75,24 @@ def promote(options: PromoteOptions, progress: Progress | None = None) -> Promot
     located = locate(options.model)
     if located.version is None:
         raise InputError(
-            f"model {options.model!r} is a folder; only a registered model, models:/name/version, can be promoted"
+            f"model {options.model!r} is the folder {located.path.resolve()}, no version in the registry: "
+            "name models:/name/version or models:/name@alias"
         )
     challenger = Contender(located.uri, load_bundle(located.path))
     record = AliasRecord(located.uri.split("/")[1], options.alias)
     holder = record.holder()
     if holder == located.version:
-        return Promoted(located.uri, options.alias, None, f"was {options.alias} already")
+        return Promoted(located.uri, options.alias, None, f"was {options.alias} already", moved=False)
     evidence = None
     if options.given is not None:
         champion = None if holder is None else _champion(record, holder)
         evidence = try_out(challenger, champion, options.given, config, progress)
     reason = _reason(options, record, holder, evidence)
-    if record.holder() != holder:
-        raise Failure(f"{options.alias} was given to another version meanwhile: run the command again")
+    require_holder(record, holder)
     replaced = None if holder is None else record.uri(holder)
     promoted = Promoted(located.uri, options.alias, replaced, reason, evidence.checks if evidence else ())
     facts = {"config": config.model_dump(mode="json", by_alias=True), "forced": options.force is not None}
-    _attach(record, located.version, PROMOTION_FILE, promoted, {**facts, "evidence": evidence and evidence.plain()})
+    attach(record, located.version, PROMOTION_FILE, promoted, {**facts, "evidence": evidence and evidence.plain()})
     record.promote(Change(located.version, holder, reason, _tags(options, evidence, located.uri)))
     return promoted
 
@@ -118,6 +125,9 @@ def _reason(options: PromoteOptions, record: AliasRecord, holder: str | None, ev
         told = "; ".join(map(str, lost))
         raise Refused(f"{options.model} does not become {options.alias} on {evidence.source}: {told}", evidence)
     if holder is None:
+        (calibration,) = [check for check in evidence.checks if check.name == "calibration"]
+        if calibration.value is None:
+            return f"there was no {options.alias}, and no calibration to judge on {evidence.source}"
         return f"calibrated on {evidence.source}, and there was no {options.alias}"
     return f"not worse than {record.uri(holder)} on {evidence.source}"
 
@@ -139,36 +149,13 @@ def _metrics_in_short(evidence: Evidence, uri: str) -> str:
     return f"{', '.join(found.values())}; {evidence.rows:,} rows"
 
 
-def roll_back(model: str, alias: str = CHAMPION) -> Promoted:
-    """Give the alias back to the version that held it before, whose bundle must open; record it.
-
-    Along the stack of holders (`training.promotion.registry`): again goes on to the one before that, never forth.
-
-    Raises:
-        InputError: none held the alias before, or the one that did was deleted or is damaged.
-    """
-    require_alias(alias)
-    record = AliasRecord(require_name(model, alias), alias)
-    stack, holder = record.stack(), record.holder()
-    if not stack:
-        raise InputError(f"no version of models:/{record.name} has held the alias {alias}")
-    *below, last = stack
-    if not below:
-        raise InputError(f"{record.uri(last)} is the first {alias}: there is none before it to go back to")
-    target = below[-1]
-    if not record.exists(target):
-        raise InputError(
-            f"{record.uri(target)}, {alias} before {record.uri(last)}, was deleted; promote another by its name"
-        )
-    load_bundle(locate(record.uri(target)).path)
-    reason = f"rolled back from {record.uri(last)}"
-    rolled_back = Promoted(record.uri(target), alias, None if holder is None else record.uri(holder), reason)
-    if holder is not None:
-        _attach(record, holder, ROLLBACK_FILE, rolled_back, {})
-    record.roll_back(Change(target, holder, reason, {}), below)
-    return rolled_back
+def require_holder(record: AliasRecord, holder: str | None) -> None:
+    """Failure if the alias was moved while bundles were opened and rows scored."""
+    if record.holder() != holder:
+        raise Failure(f"{record.alias} was given to another version meanwhile: run the command again")
 
 
-def _attach(record: AliasRecord, version: str, file: str, done: Promoted, facts: dict[str, Any]) -> None:
+def attach(record: AliasRecord, version: str, file: str, done: Promoted, facts: dict[str, Any]) -> None:
+    """Store what was done, with the time and further facts, in the run of a version."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
     record.attach(version, {**done.plain(), "when": when, **facts}, file)

@@ -7,7 +7,8 @@ has held it, and .until, .replaced_by, .ended of what was replaced.
 
 The alias is the truth, and it moves after all tags are written: what holds it has its whole record. A kill before that
 leaves tags about a change that did not happen; the same command writes them again, and `stack_of` reads the history
-by what the alias says.
+by what the alias says. Of a rollback the tag masknet.ALIAS.rollback ("3 1": from 3 to 1) stands until it has shortened
+the history: killed after the alias has moved, the same command ends it, and does not go back once more.
 """
 
 from collections.abc import Mapping
@@ -69,8 +70,7 @@ class AliasRecord:
     def stack(self) -> list[str]:
         """The holders in turn, as `stack_of`."""
         holder = self.holder()
-        model = self._or_none(lambda: self._client.get_registered_model(self.name))
-        history = ("" if model is None else model.tags.get(self._tag("history"), "")).split()
+        history = self._model_tags().get(self._tag("history"), "").split()
         if not history and holder is not None:  # from before there was a history
             replaced = self._client.get_model_version(self.name, holder).tags.get(self._tag("replaced"), NONE)
             history = [] if replaced == NONE else [replaced]
@@ -82,11 +82,24 @@ class AliasRecord:
         self._write_tags(change)
         self._client.set_registered_model_alias(self.name, self.alias, change.new)
 
-    def roll_back(self, change: Change, below: list[str]) -> None:
-        """Give the alias to the top of `below`; of an interrupted one the history's end is known to be void."""
+    def roll_back(self, change: Change, below: list[str], last: str) -> None:
+        """Give the alias from `last` to the top of `below`."""
         self._write_tags(change)
+        self._tag_model("rollback", f"{last} {change.new}")
         self._client.set_registered_model_alias(self.name, self.alias, change.new)
         self._write_history(below)
+
+    def unfinished(self) -> tuple[str, str] | None:
+        """From which version a rollback that was killed has moved the alias, and why; None if none was."""
+        last, _, target = self._model_tags().get(self._tag("rollback"), "").partition(" ")
+        if not target or target != self.holder():
+            return None
+        tags = self._client.get_model_version(self.name, target).tags
+        return last, tags.get(self._tag("reason"), "")
+
+    def finish_rollback(self) -> None:
+        """What a kill has left to do: shorten the history."""
+        self._write_history(self.stack())
 
     def attach(self, version: str, record: dict[str, Any], file: str) -> None:
         """Store a record as a file of the run that made the version; not where that run is gone."""
@@ -95,7 +108,17 @@ class AliasRecord:
             self._or_none(lambda: self._client.log_dict(run_id, record, file))
 
     def _write_history(self, stack: list[str]) -> None:
-        self._client.set_registered_model_tag(self.name, self._tag("history"), " ".join(stack[-_MOST:]))
+        """And with it goes the mark of a rollback: whatever was interrupted is in the past."""
+        self._tag_model("history", " ".join(stack[-_MOST:]))
+        if self._tag("rollback") in self._model_tags():
+            self._client.delete_registered_model_tag(self.name, self._tag("rollback"))
+
+    def _model_tags(self) -> dict[str, str]:
+        model = self._or_none(lambda: self._client.get_registered_model(self.name))
+        return {} if model is None else dict(model.tags)
+
+    def _tag_model(self, key: str, value: str) -> None:
+        self._client.set_registered_model_tag(self.name, self._tag(key), value)
 
     def _write_tags(self, change: Change) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from features.dataset import LABEL, PreparedDataset, SplitFiles, groups_of
 from features.errors import InputError
+from features.schema import Schema
 from serving.bundle import Bundle
 from training.errors import Failure
 from training.evaluation.comparison import assess
@@ -47,11 +48,15 @@ class Given:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The rows of a trial: in each contender's encoding, and the training split where it is at hand."""
+    """The rows of a trial: in each contender's encoding, and the training split where it is at hand.
+
+    `lost` says why negatives are missing from the rows; scores are for all that there were.
+    """
 
     tables: list[pa.Table]
     source: str
     train: SplitFiles | None
+    lost: str | None
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,10 @@ def try_out(
     label_N, group_N = table[LABEL].to_numpy(), groups_of(table)
     # before all that takes long: a wrong rule is told at once
     slices = [(rule, rows_of_rule(rule, challenger.bundle, table, rows.train)) for rule in config.slices]
-    scores = {one.uri: _scores(one, encoded) for one, encoded in zip(contenders, rows.tables, strict=True)}
-    assessed = assess(label_N, scores, group_N, replicates=config.replicates, progress=progress)
+    scores, rankings = _scored(contenders, rows.tables)
+    assessed = assess(label_N, scores, group_N, rankings=rankings, replicates=config.replicates, progress=progress)
     own_N = scores[challenger.uri]
-    checks = [check_rows(len(label_N), config), *check_calibration(label_N, own_N, group_N, config)]
+    checks = [check_rows(len(label_N), config), *check_calibration(label_N, own_N, group_N, config, rows.lost)]
     comparison = None
     if champion is not None:
         comparison, other_N = assessed.comparisons[champion.uri], scores[champion.uri]
@@ -111,12 +116,18 @@ def try_out(
     return Evidence(rows.source, len(label_N), clicks, assessed.estimates, comparison, tuple(checks))
 
 
-def _scores(contender: Contender, table: pa.Table) -> ScoreN:
-    score_N: ScoreN = contender.bundle.scorer.score_encoded(table)
-    lost = int((~np.isfinite(score_N)).sum())
-    if lost:
-        raise Failure(f"{contender.uri} gives {lost:,} of {len(score_N):,} rows scores that are no numbers")
-    return score_N
+def _scored(contenders: Sequence[Contender], tables: Sequence[pa.Table]) -> tuple[dict[str, ScoreN], dict[str, ScoreN]]:
+    """Each contender's scores, and those before calibration, by which it ranks: a calibration may tie rows."""
+    scores, rankings = {}, {}
+    for contender, table in zip(contenders, tables, strict=True):
+        scorer = contender.bundle.scorer
+        ranking_N = scorer.uncalibrated(table)
+        broken = int((~np.isfinite(ranking_N)).sum())
+        if broken:
+            raise Failure(f"{contender.uri} gives {broken:,} of {len(ranking_N):,} rows scores that are no numbers")
+        rankings[contender.uri] = ranking_N
+        scores[contender.uri] = scorer.calibration.apply(ranking_N)  # as score_encoded, without scoring twice
+    return scores, rankings
 
 
 def _of_dataset(contenders: Sequence[Contender], path: Path, split: str) -> _Encoded:
@@ -125,7 +136,7 @@ def _of_dataset(contenders: Sequence[Contender], path: Path, split: str) -> _Enc
         dataset.require_pipeline(contender.bundle.pipeline.digest, contender.uri)
     table = dataset.split(split)
     train = dataset.files("train") if "train" in dataset.splits else None
-    return _Encoded([table] * len(contenders), f"{split} split of {path}", train)
+    return _Encoded([table] * len(contenders), f"{split} split of {path}", train, _lost(dataset.schema, split))
 
 
 def _of_files(contenders: Sequence[Contender], given: Given) -> _Encoded:
@@ -134,4 +145,14 @@ def _of_files(contenders: Sequence[Contender], given: Given) -> _Encoded:
         found = list(same_rows_of_files(first, others[0], given.sources, given.max_bad_rows))
     else:
         found = [rows_of_files(first, given.sources, given.max_bad_rows)]
-    return _Encoded([rows.table for rows in found], found[0].source, None)
+    return _Encoded([rows.table for rows in found], found[0].source, None, _lost(first.schema))
+
+
+def _lost(schema: Schema, split: str | None = None) -> str | None:
+    """Why a split, or raw files, lack negatives that the scores are corrected for; None where they are all there."""
+    arrived, dropped = schema.already_sampled, schema.negative_sampling
+    if arrived is not None and arrived.rate < 1:
+        return f"negatives arrived at a share of {arrived.rate:g} (already_sampled)"
+    if split == "train" and dropped is not None and dropped.rate < 1:
+        return f"the train split keeps a share of {dropped.rate:g} of its negatives (negative_sampling)"
+    return None

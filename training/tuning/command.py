@@ -38,7 +38,7 @@ from training.tuning.search import TRIAL_SEED, Metric, Question, Search, best_of
 from training.tuning.seeds import seed_jobs, train_seeds
 from training.tuning.space import Space
 from training.tuning.tracked import TrackedStudy
-from training.tuning.trained import Trained, require_ensemble_possible
+from training.tuning.trained import Trained, require_ensemble_possible, told_changes
 
 TRIALS = 50  # where neither a number nor a time is given
 _FILES = ("best.yaml", "result.json", "trials.csv")
@@ -77,6 +77,9 @@ def run_tune(options: TuneOptions, console: Console) -> tuple[Answer, list[dict[
     require_calibratable(config.calibration.method, dataset.split("valid"))
     if options.ensemble:
         require_ensemble_possible(dataset, options.seeds)
+    if changed := question.space.changed():
+        told = f"trial 0 is only the nearest to {options.config} in {question.space.source}: {told_changes(changed)}"
+        _teller(console)(told)
     with _interruptible(), _alone(question.out):
         study = open_study(question)
         tracked = TrackedStudy(question.name, config, question.space, question.out, _teller(console))
@@ -100,7 +103,12 @@ def _config(options: TuneOptions) -> Config:
     if options.metric not in (None, *get_args(Metric)):
         raise InputError(f"--metric {options.metric} is none of {', '.join(get_args(Metric))}")
     decides = [] if options.metric is None else [f"train.early_stop.metric={options.metric}"]
-    return load_config(options.config, options.set + decides)
+    config = load_config(options.config, options.set + decides)
+    if config.train.members > 1:
+        raise InputError(
+            f"train.members {config.train.members}: tune trains single models; set it to 1, use --ensemble"
+        )
+    return config
 
 
 def _with_train(config: Config, **changes: Any) -> Config:

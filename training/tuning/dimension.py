@@ -64,11 +64,12 @@ def label(choice: Any) -> str | float | int | bool | None:
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key that is searched; of choices also the form that a configuration gives them."""
+    """A key that is searched; of choices also the form that a configuration gives them; what is configured."""
 
     key: str
     range: Range
     forms: tuple[Any, ...] = ()
+    own: Any = ABSENT
 
     def applies(self, data: Plain) -> bool:
         """Whether the key is searched, where others have these values."""
@@ -76,7 +77,7 @@ class Dimension:
         return all(value_of(data, key) in values for key, values in wanted.items())
 
     def suggest(self, trial: Any) -> Any:
-        """Optuna's choice, as a configuration takes it; numbers to four digits."""
+        """Optuna's choice, as a configuration takes it; numbers to four digits, but for the configured one."""
         given = self.range
         if given.choices is not None:
             labels = [label(choice) for choice in given.choices]
@@ -84,17 +85,16 @@ class Dimension:
         if given.is_whole:
             return trial.suggest_int(self.key, given.low, given.high, step=given.step or 1, log=given.log)
         value = trial.suggest_float(self.key, given.low, given.high, step=given.step, log=given.log)
-        return float(f"{value:.4g}")
+        return value if value == self.own else float(f"{value:.4g}")
 
-    def nearest(self, value: Any) -> Any:
-        """What Optuna stores for the value of the range that is nearest to a configuration's; the first choice if no
-        choice is equal."""
+    def nearest(self) -> Any:
+        """What Optuna stores for the value of the range that is nearest to the configured one, which is a choice."""
         given = self.range
         if given.choices is not None:
-            return label(given.choices[self.forms.index(value) if value in self.forms else 0])
+            return label(given.choices[self.forms.index(self.own) if self.own in self.forms else 0])
         assert given.low is not None
         assert given.high is not None
-        number = min(max(value, given.low), given.high) if isinstance(value, int | float) else given.low
+        number = min(max(self.own, given.low), given.high) if isinstance(self.own, int | float) else given.low
         if given.step is not None:
             number = given.low + round((number - given.low) / given.step) * given.step
         return round(number) if given.is_whole else float(number)

@@ -13,7 +13,7 @@ from rich.table import Table
 from features.files import file_written_whole, write_json
 from training.numbers import number
 from training.tuning.search import FORMAT, Question, facts_of
-from training.tuning.trained import Spread, Trained, compared, spreads
+from training.tuning.trained import Spread, Trained, compared, spread, spreads
 from training.tuning.trial import DONE
 
 _FACTS = ("valid_logloss", "valid_auc", "best_epoch", "seconds", "samples_per_second", "reason")
@@ -40,7 +40,10 @@ def answer_of(
 ) -> Answer:
     """What was found, as result.json has it; `model` is the registered one."""
     rows, dataset, metrics = trial_rows(study), trained.dataset, spreads(trained.done)
-    configured = study.get_trials(deepcopy=False)[0].value
+    first, changed = study.get_trials(deepcopy=False)[0].value, question.space.changed()
+    value = spread(trained.validated())
+    sentence = compared(question.metric, value, first, changed)
+    note = "" if trained.config.calibration.method == "none" else " (before calibration)"
     wrong = {seed: result["reason"] for seed, result in trained.results.items() if result["status"] != DONE}
     return {
         "format": FORMAT,
@@ -51,7 +54,7 @@ def answer_of(
         "space": question.space.plain(),
         "trials": dict(Counter(row["status"] for row in rows)),
         "seconds": study.user_attrs["seconds"],
-        "configured": configured,
+        "first": {"value": first, "changed": changed},
         "importances": importances(study),
         "best": {
             "trial": best.number,
@@ -59,8 +62,8 @@ def answer_of(
             "valid_logloss": facts_of(best)["valid_logloss"],
             "valid_auc": facts_of(best)["valid_auc"],
             "params": best.params,
-            "seeds": {"done": list(trained.done), "wrong": wrong, "metrics": _plain(metrics)},
-            "sentence": compared(question.metric, metrics["valid"].get(question.metric), configured),
+            "seeds": {"done": list(trained.done), "wrong": wrong, "value": asdict(value), "metrics": _plain(metrics)},
+            "sentence": sentence + note,
             "model": model,
         },
     }
@@ -100,17 +103,22 @@ def trials_table(rows: list[dict[str, Any]], answer: Answer) -> Table:
         table.add_column(name, justify="right")
     done = sorted((row for row in rows if row["status"] == DONE), key=lambda row: row["value"], reverse=metric == "auc")
     for row in done[:_ROWS] + [row for row in done[_ROWS:] if row["trial"] == 0]:
-        name = {best: f"best {best}", 0: "configured 0"}.get(row["trial"], str(row["trial"]))
+        name = {best: f"best {best}", 0: f"{_first(answer)} 0"}.get(row["trial"], str(row["trial"]))
         numbers = (number(row["valid_logloss"]), number(row["valid_auc"]), str(row["best_epoch"]))
         table.add_row(name, *numbers, f"{row['seconds']:.0f}")
     return table
 
 
+def _first(answer: Answer) -> str:
+    """The first trial's name."""
+    return "nearest" if answer["first"]["changed"] else "configured"
+
+
 def changes_table(rows: list[dict[str, Any]], answer: Answer) -> Table:
-    """What was searched: as configured (or the nearest in the space), in the best trial, and how much it matters."""
+    """What was searched: as configured or the nearest in the space, in the best trial, and how much it matters."""
     best, importance = answer["best"]["params"], answer["importances"]
     table = Table(title="what the best trial has; importance: share of the trials' differences", title_justify="left")
-    for name in ("key", "configured", "best", "importance"):
+    for name in ("key", _first(answer), "best", "importance"):
         table.add_column(name, justify="left" if name == "key" else "right", overflow="fold")
     for key in sorted(best, key=lambda key: -importance.get(key, 0.0)):
         share = f"{100 * importance[key]:.0f} %" if key in importance else number(None)

@@ -32,6 +32,7 @@ FORMAT = 1
 TRIAL_SEED = 0  # of training; not one of the seeds that the best configuration is trained with
 LOOK_SECONDS = 0.1  # between two looks for trials that ask
 _FACTS = ("status", "reason", "valid_logloss", "valid_auc", "best_epoch", "seconds", "samples_per_second")
+_CONFIGURED = {"model", "optimizer", "schedule", "train", "calibration"}  # what the answer depends on
 _STATES = {DONE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, REFUSED: TrialState.PRUNED}
 
 
@@ -65,7 +66,7 @@ class Question:
 
 
 def open_study(question: Question) -> optuna.Study:
-    """The study in OUT/study.db, made or gone on with; OUT is there. Its first trial is the configuration as it is.
+    """The study in OUT/study.db, made or gone on with; OUT is there. It begins with the configuration, or the nearest.
 
     Raises:
         InputError: OUT holds another study, or no database can be there; or the space refuses the configuration.
@@ -86,10 +87,8 @@ def open_study(question: Question) -> optuna.Study:
         "format": FORMAT,
         "data": question.data_digest,
         "metric": question.metric,
-        "space": question.space.plain(),
-        "configuration": question.space.base.model_dump(
-            mode="json", include={"model", "optimizer", "schedule", "train"}
-        ),
+        "configuration": question.space.base.model_dump(mode="json", include=_CONFIGURED),
+        "space": question.space.plain(),  # after the configuration, whose own values are choices of it
     }
     known = study.user_attrs.get("asked")
     if known is None:

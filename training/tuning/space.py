@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from features.errors import InputError
 from features.validation import load_yaml, validate
 from training.config import Config, set_key
+from training.tracking.opening import flat
 from training.tuning.dimension import ABSENT, Dimension, Plain, Range, label, value_of
 
 DEFAULT = Path(__file__).with_name("space.yaml")
@@ -19,6 +20,7 @@ _GIVEN = {
     "train.seed": "a trial's luck is not to be searched",
     "train.early_stop.metric": "that is --metric",
     "train.train_only_affine": "trials start from no model",
+    "train.members": "a trial is one model; --ensemble makes one of several",
 }
 
 
@@ -79,14 +81,23 @@ class Space:
         Raises:
             InputError: that one is refused, so that the space does not go with the configuration.
         """
-        data, found = self.base.model_dump(mode="json"), {}
+        found: Plain = {}
 
         def choose(dimension: Dimension) -> Any:
-            found[dimension.key] = dimension.nearest(value_of(data, dimension.key))
+            found[dimension.key] = dimension.nearest()
             return dimension.suggest(_Stored(found))
 
         self.configure(choose)  # or it raises
         return found
+
+    def changed(self) -> dict[str, Plain]:
+        """Keys of which the first trial has not what is configured, as the space does not hold it: both values."""
+        given, first = (flat(config.model_dump(mode="json")) for config in (self.base, self.of(self.configured())))
+        return {
+            key: {"configured": given.get(key), "first": first.get(key)}
+            for key in given | first
+            if given.get(key) != first.get(key)
+        }
 
     def plain(self) -> Plain:
         """The space as JSON has it."""
@@ -124,12 +135,18 @@ def _require_searched(source: str, key: str, data: Plain, later: list[str], give
 
 
 def _dimension(source: str, key: str, given: Range, data: Plain) -> Dimension:
-    """The dimension, each of whose values the key takes; what depends on other keys is seen when all have values."""
+    """The dimension, each of whose values the key takes; what depends on other keys is seen when all have values.
+
+    What is configured is a choice, too, where the key applies.
+    """
     values = given.choices if given.choices is not None else [given.low, given.high]
     forms = tuple(_form(source, key, value, data) for value in values)
     if given.choices is None and not given.is_whole and all(isinstance(form, int) for form in forms):
         raise InputError(f"{source}: {key}: it takes whole numbers, so that low, high and step must be whole")
-    return Dimension(key, given, forms)
+    found = Dimension(key, given, forms, own := value_of(data, key))
+    if given.choices is None or own in forms or not found.applies(data):
+        return found
+    return Dimension(key, given.model_copy(update={"choices": [*given.choices, own]}), (*forms, own), own)
 
 
 def _form(source: str, key: str, value: Any, data: Plain) -> Any:

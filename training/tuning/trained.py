@@ -3,19 +3,20 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from scipy.stats import t as student
 
-from features.dataset import LABEL, PreparedDataset, groups_of
+from features.dataset import PreparedDataset
 from features.errors import InputError
-from features.metrics import score_metrics
 from serving.bundle import load_bundle
 from serving.ensemble import write_ensemble
 from serving.scorer import Scorer
 from training.calibration import calibrate
 from training.config import Config
+from training.evaluation.scored import metrics_of
 from training.tracking.opening import open_run
 from training.train import train
 from training.tuning.seeds import SeedJob
@@ -53,15 +54,19 @@ class Trained:
         """The results of the seeds that came to an end."""
         return {seed: result for seed, result in self.results.items() if result["status"] == DONE}
 
+    def validated(self) -> dict[int, float]:
+        """The metric that decides, by seed, as training validated its best epoch: as of a trial, before calibration."""
+        metric = self.config.train.early_stop.metric
+        return {seed: result["history"][result["best_epoch"] - 1][metric] for seed, result in self.done.items()}
+
     def run_ids(self) -> list[str]:
         """The MLflow runs of the seeds that came to an end."""
         return [str(result["run_id"]) for result in self.done.values()]
 
     def best(self, console: Console) -> Result:
         """Register the model that is best on validation; returns its seed, run_id, bundle, metrics and model_uri."""
-        metric = self.config.train.early_stop.metric
-        value = {seed: result["metrics"]["valid"][metric] for seed, result in self.done.items()}
-        seed = max(value, key=lambda seed: value[seed] if metric == "auc" else -value[seed])
+        value, sign = self.validated(), 1 if self.config.train.early_stop.metric == "auc" else -1
+        seed = max(value, key=lambda seed: sign * value[seed])
         job = next(job for job in self.jobs if job.seed == seed)
         result = train(job.config, job.data, job.out, console, resume=True)  # which only registers: it is trained
         assert result is not None  # a world of one
@@ -89,10 +94,7 @@ class Trained:
         splits = {split: self.dataset.split(split) for split in ("valid", "test")}
 
         def metrics(scorer: Scorer) -> Metrics:
-            return {
-                split: score_metrics(table[LABEL].to_numpy(), scorer.score_encoded(table), groups_of(table))
-                for split, table in splits.items()
-            }
+            return {split: metrics_of(scorer, table) for split, table in splits.items()}
 
         write_ensemble(
             out,
@@ -139,20 +141,26 @@ def spread(by_seed: dict[int, float]) -> Spread:
     return Spread(mean, mean - half, mean + half, deviation, by_seed)
 
 
-def compared(metric: str, found: Spread | None, configured: float | None) -> str:
-    """Whether the best configuration is better than the one given, in words.
+def compared(metric: str, found: Spread, first: float | None, changed: dict[str, dict[str, Any]]) -> str:
+    """Whether the best configuration is better than the one given, or than the nearest in the space, in words.
 
     A trial that is best of many owes some of that to luck. So what is compared are the means over seeds that were not
-    searched with, and the single trial of the configuration as given, which nobody has selected: the 95 % interval is
-    the one in which a further seed would lie.
+    searched with, and the single first trial, which nobody has selected: the 95 % interval is the one in which a
+    further seed would lie. Both are before calibration, which is fitted on the same rows.
     """
-    if found is None or configured is None:
-        return "the configuration as given has no value to compare with"
+    which = f"nearest to the configuration ({told_changes(changed)})" if changed else "as configured"
+    if first is None:
+        return f"the one trial {which} has no value to compare with"
     seeds = len(found.by_seed)
-    told = f"validation {metric} {found.mean:.4f} over {seeds} seeds, {configured:.4f} in the one trial as configured"
+    told = f"validation {metric} {found.mean:.4f} over {seeds} seeds, {first:.4f} in the one trial {which}"
     if found.deviation is None:
         return f"{told}: how much of that is luck, one seed does not tell"
     half = float(student.ppf(1 - LEVEL / 2, seeds - 1)) * found.deviation * math.sqrt(1 + 1 / seeds)
-    if abs(found.mean - configured) <= half:
+    if abs(found.mean - first) <= half:
         return f"{told}: not told apart"
-    return f"{told}: {'better' if (found.mean > configured) == (metric == 'auc') else 'worse'}"
+    return f"{told}: {'better' if (found.mean > first) == (metric == 'auc') else 'worse'}"
+
+
+def told_changes(changed: dict[str, dict[str, Any]]) -> str:
+    """What the first trial has otherwise than the configuration, in words."""
+    return ", ".join(f"{key} {values['first']} for {values['configured']}" for key, values in changed.items())
