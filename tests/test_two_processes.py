@@ -53,7 +53,7 @@ def losses(home: Path, run_id: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("optimizer", "lr", "norms"),
     [
-        (
+        pytest.param(
             "sgd",
             0.05,
             [
@@ -61,6 +61,7 @@ def losses(home: Path, run_id: str) -> np.ndarray:
                 "model.hidden_norm={name: unified, warmup_steps: 8}",
                 "train.average.name=ema",
             ],
+            marks=pytest.mark.long,
         ),
         pytest.param("rowwise_adagrad", 0.02, [], marks=pytest.mark.long),
     ],

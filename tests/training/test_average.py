@@ -196,6 +196,7 @@ def test_what_is_validated_and_kept_are_averages(
     assert told == pytest.approx(logloss(rows[LABEL].to_numpy(), score_N), rel=1e-6)
 
 
+@pytest.mark.long
 def test_training_itself_knows_nothing_of_averages(dataset: PreparedDataset, tmp_path: Path) -> None:
     plain, with_averages = (
         fit(small("train.epochs=2", f"train.average.name={name}"), dataset, tmp_path / name).position.history

@@ -108,6 +108,7 @@ def test_each_day_is_scored_by_the_model_of_the_days_before(
     assert scored(load_bundle(Path(result["bundle"])), day(home, 3))[0] < losses[2] - 0.2  # and unlearned on it
 
 
+@pytest.mark.long
 def test_averages_are_scored_and_kept(home: Path, first: Bundle, tmp_path: Path) -> None:
     """The second day is scored by what a training on the first one alone ends with."""
     seen: list[Weights] = []

@@ -62,6 +62,7 @@ def same_bits(left: FitResult, right: FitResult) -> None:
     assert left.position.history == right.position.history
 
 
+@pytest.mark.long
 def test_each_member_is_what_its_seed_alone_gives_also_after_a_stop(dataset: PreparedDataset, tmp_path: Path) -> None:
     with join_world() as world:
         alone = [
@@ -88,7 +89,7 @@ def test_the_bundle_serves_the_mean_and_the_run_tells_members_apart(
     config: Config, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = small("train.members=2", "calibration.method=platt")
+    given = small("train.members=2", "calibration.method=platt", "tracking.registered_model=members")
     result = train(given, dataset.path, tmp_path / "out", Console(quiet=True))
     assert result is not None
     bundle, table = load_bundle(tmp_path / "out" / "bundle"), dataset.split("test")

@@ -109,6 +109,7 @@ def test_ranks_count_a_share_each(lists: PreparedDataset, tmp_path: Path, monkey
         assert torch.allclose(sum(part[name] for part in parts), count_I)
 
 
+@pytest.mark.long
 def test_training_pays_for_it(lists: PreparedDataset, tmp_path: Path) -> None:
     """The stronger it is, the smaller embeddings stay."""
     path = tmp_path / "config.yaml"

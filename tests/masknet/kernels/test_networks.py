@@ -284,6 +284,7 @@ def test_a_wrong_environment_is_one_line_of_the_command() -> None:
     assert done.stderr == "masknet: MASKNET_KERNELS is 'fast'; it must be one of auto, fused, eager\n"
 
 
+@pytest.mark.long
 def test_networks_compile_as_one_graph_where_no_kernel_can_run() -> None:
     script = """
 import torch
