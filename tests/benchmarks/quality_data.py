@@ -1,8 +1,8 @@
 """The data sets of the quality benchmark, prepared once into a folder.
 
 MovieLens-100k comes with the project's setup; KuaiRec's small matrix (Gao et al., CIKM 2022) is given as a file with
-the columns user_id, video_id, watch_ratio. The others are drawn from planted models, so that of most the best possible
-log loss on the test rows is known.
+the columns user_id, video_id, watch_ratio. The others are planted; of the one in Criteo's shape the best possible log
+loss on the test rows is known.
 """
 
 import json
@@ -85,24 +85,7 @@ def returning_users(out: Path) -> None:
         kinds = (random.integers(0, size, items)[item_N], random.integers(0, size, users)[user_N])
         which_N = random.choice(3, rows, p=[0.25, 0.25, 0.5])
         columns[f"context{number}"] = np.choose(which_N, [*kinds, random.integers(0, size, rows)])
-    _prepared_ids(columns, click_N, None, out)
-
-
-def many_pairs(out: Path) -> None:
-    """22 fields of 2 to 200,000 ids, 400,000 rows, 11 % clicks: weights of ids and products of pairs of fields."""
-    random = np.random.default_rng(0)
-    sizes = (24, 7, 7, 7, 3000, 3000, 26, 4000, 500, 36, 100_000, 200_000, 6000, 5, 4, 2600, 8, 9, 435, 4, 68, 170)
-    rows = 400_000
-    ids = [_zipf(random, rows, size, random.uniform(0.7, 1.4)) for size in sizes]
-    logit_N = np.full(rows, -1.9)
-    for id_N, size in zip(ids, sizes, strict=True):
-        logit_N += 0.18 * random.normal(size=size)[id_N]
-    for _ in range(14):
-        first, second = random.choice(len(sizes), 2, replace=False)
-        factors = [random.normal(size=(sizes[field], 3))[ids[field]] for field in (first, second)]
-        logit_N += 0.12 * (factors[0] * factors[1]).sum(1)
-    click_N = random.random(rows) < 1 / (1 + np.exp(-logit_N))
-    _prepared_ids({f"field{number}": id_N for number, id_N in enumerate(ids)}, click_N, logit_N, out)
+    _prepared_ids(columns, click_N, out)
 
 
 def best_logloss(data: Path) -> float | None:
@@ -111,16 +94,11 @@ def best_logloss(data: Path) -> float | None:
     return float(json.loads(file.read_text())["logloss"]) if file.exists() else None
 
 
-def _zipf(random: np.random.Generator, rows: int, size: int, power: float) -> IntN:
-    share = 1 / np.arange(1, size + 1) ** power
-    return random.choice(size, rows, p=share / share.sum())
-
-
-def _prepared_ids(columns: dict[str, IntN], click_N: npt.NDArray[np.bool_], logit_N: FloatN | None, out: Path) -> None:
+def _prepared_ids(columns: dict[str, IntN], click_N: npt.NDArray[np.bool_], out: Path) -> None:
     frame = pl.DataFrame({name: id_N.astype(str) for name, id_N in columns.items()})
     fields = [{"name": name, "type": "categorical"} for name in columns]
     schema = Schema.model_validate({"name": out.name, "label": {"column": "click"}, "fields": fields})
-    _prepared(schema, frame.with_columns(click=pl.Series(click_N.astype(np.int64))).to_arrow(), logit_N, out)
+    _prepared(schema, frame.with_columns(click=pl.Series(click_N.astype(np.int64))).to_arrow(), None, out)
 
 
 def _prepared(schema: Schema, table: pa.Table, logit_N: FloatN | None, out: Path) -> None:
