@@ -19,22 +19,26 @@ from features.metrics_input import BoolN, FloatN, clicks_of, require_numbers, re
 ECE_BINS = 20
 
 
-def auc(label_N: FloatN, score_N: FloatN) -> float | None:
+def auc(label_N: npt.ArrayLike, score_N: FloatN) -> float | None:
     """Area under the ROC curve of any finite numbers; None unless both classes occur."""
-    return areas(label_N, score_N)[0].value
+    return roc_area(_counted(label_N, score_N, EXACT_ROWS)).value
 
 
 def pr_auc(label_N: FloatN, score_N: FloatN) -> float | None:
     """Average precision (the step-wise area under the precision-recall curve); None unless both classes occur."""
-    return areas(label_N, score_N)[1].value
+    return precision_recall_area(_counted(label_N, score_N, EXACT_ROWS)).value
 
 
 def areas(label_N: FloatN, score_N: FloatN, exact_rows: int = EXACT_ROWS) -> tuple[Area, Area]:
     """`auc` and `pr_auc` from one sort; above `exact_rows` from bins, with how far the exact areas can be from that."""
+    counts = _counted(label_N, score_N, exact_rows)
+    return roc_area(counts), precision_recall_area(counts)
+
+
+def _counted(label_N: npt.ArrayLike, score_N: FloatN, exact_rows: int) -> Counts:
     click_N = clicks_of(label_N, score_N)
     require_numbers(score_N)
-    counts = count_scores(click_N, score_N, exact_rows)
-    return roc_area(counts), precision_recall_area(counts)
+    return count_scores(click_N, score_N, exact_rows)
 
 
 def auc_standard_error(auc: float, positives: int, negatives: int) -> float:

@@ -61,6 +61,11 @@ class Scorer:
         """Scores [N] of rows that this scorer's pipeline has encoded; training-only fields count as their defaults."""
         return self.calibration.apply(self.uncalibrated(encoded))
 
+    def ranked_and_served(self, encoded: pa.Table) -> tuple[ScoreN, ScoreN]:
+        """Scores [N] as `uncalibrated`, which rank, and as `score_encoded`, from one pass over the rows."""
+        ranking_N = self.uncalibrated(encoded)
+        return ranking_N, self.calibration.apply(ranking_N)
+
     def uncalibrated(self, encoded: pa.Table) -> ScoreN:
         """Scores [N] before the calibration, corrected for the sampling rate: what rankings order by."""
         served = with_rows(self.pipeline.as_served(encoded), self.pipeline, self.id_maps)

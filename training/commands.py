@@ -22,8 +22,9 @@ from training.evaluation.evaluate import (
     rows_of_files,
     same_rows_of_files,
 )
-from training.evaluation.examine import REPLICATES, Seen, examine
+from training.evaluation.examine import Seen, examine
 from training.evaluation.files import intervals, write_files
+from training.evaluation.intervals import REPLICATES
 from training.evaluation.slices import worse
 from training.progress import stages
 from training.tracking.opening import attach_report

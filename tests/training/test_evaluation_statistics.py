@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from features.metrics import score_metrics
 from training.evaluation import sums
 from training.evaluation.clusters import clusters_of, drawn_weights
-from training.evaluation.comparison import assess, compare, estimates, sentence
+from training.evaluation.comparison import assess, compare, sentence
 from training.evaluation.delong import delong_auc, delong_difference
 from training.evaluation.intervals import Resampling, difference, interval, verdict
 from training.evaluation.results import Difference, Estimate
@@ -188,7 +188,8 @@ def test_assessment_is_the_same_for_a_seed_and_tells_how_far_it_is() -> None:
         label_N, scores, group_N, replicates=250, seed=1, progress=lambda done, total: told.append((done, total))
     )
     assert found == assess(label_N, scores, group_N, replicates=250, seed=1)
-    assert found.estimates == estimates(label_N, scores, group_N, replicates=250, seed=1)
+    metrics = {name: score_metrics(label_N, score_N, group_N) for name, score_N in scores.items()}
+    assert found == assess(label_N, scores, group_N, metrics=metrics, replicates=250, seed=1)
     assert found.comparisons["b"] == compare(label_N, {n: scores[n] for n in "ab"}, group_N, replicates=250, seed=1)
     assert found.estimates != assess(label_N, scores, group_N, replicates=250, seed=2).estimates
     assert told == [(done, 750) for done in (99, 199, 250, 349, 449, 500, 599, 699, 750)]
@@ -318,7 +319,8 @@ def test_order_is_measured_by_what_orders() -> None:
         assert coarse.comparisons["b"].differences["auc"].value != 0
         scores, rankings = {"a": step_N, "b": score_N / 2}, {"a": score_N}
         assert compare(label_N, scores, groups, rankings=rankings, replicates=100) == found.comparisons["b"]
-        assert estimates(label_N, scores, groups, rankings=rankings, replicates=100) == found.estimates
+        again = assess(label_N, scores, groups, rankings=rankings, replicates=100)
+        assert again.estimates == found.estimates
 
 
 @pytest.mark.parametrize("few", ["clicks", "others"])
@@ -345,7 +347,8 @@ def test_order_of_few_clicks_or_others_is_not_tested(few: str, grouped: bool) ->
 
 def test_constant_scores_have_no_spread_in_auc() -> None:
     label_N, _ = rows(200)
-    assert estimates(label_N, {"a": np.full(200, 0.3)}, replicates=100)["a"]["auc"] == Estimate(0.5, 0.5, 0.5)
+    found = assess(label_N, {"a": np.full(200, 0.3)}, replicates=100)
+    assert found.estimates["a"]["auc"] == Estimate(0.5, 0.5, 0.5)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -398,7 +401,7 @@ def test_intervals_hold_the_truth_in_95_percent() -> None:
     held: dict[str, list[bool]] = {name: [] for name in truth}
     for experiment in range(400):
         label_N, score_MN, group_N = simulated(experiment)
-        for name, one in estimates(label_N, {"a": score_MN[0]}, group_N, replicates=400)["a"].items():
+        for name, one in assess(label_N, {"a": score_MN[0]}, group_N, replicates=400).estimates["a"].items():
             assert one.low is not None
             assert one.high is not None
             held[name].append(one.low <= truth[name] <= one.high)

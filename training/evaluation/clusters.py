@@ -46,6 +46,15 @@ def drawn_weights(clusters: int, replicates: int, seed: int) -> npt.NDArray[np.f
     return weight_RG
 
 
+def worth(rows_G: npt.NDArray[np.number]) -> npt.NDArray[np.floating]:
+    """How many clusters of one size say as much as these [..., G] of so many rows: n² / Σ rows²; 0 without rows.
+
+    Kish, Survey Sampling, 1965.
+    """
+    squares = np.square(rows_G, dtype=np.float64).sum(axis=-1)
+    return np.asarray(rows_G.sum(axis=-1, dtype=np.float64) ** 2 / np.maximum(squares, 1.0))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     order = np.argsort(p)

@@ -39,6 +39,7 @@ def assess(
     group_N: npt.ArrayLike | None = None,
     *,
     rankings: Mapping[str, FloatN] | None = None,
+    metrics: Mapping[str, Mapping[str, float | None]] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
     progress: Progress | None = None,
@@ -49,6 +50,7 @@ def assess(
         scores: probabilities, by scorer.
         group_N: of each row, None for a row without; None where no group is declared.
         rankings: what orders the rows, of scorers where that is not the probabilities: AUC and rankings go by it.
+        metrics: `score_metrics` of the scorers, where they have been computed before.
         progress: told how many draws are done of how many, over all scorers.
 
     Raises:
@@ -64,28 +66,14 @@ def assess(
 
     resampling = Resampling(label_N, group_N, replicates=replicates, seed=seed, progress=advance)
     rankings = {**scores, **(rankings or {})}
-    draws = {name: resampling.draws(score_N, rankings[name]) for name, score_N in scores.items()}
+    known = metrics or {}
+    draws = {name: resampling.draws(score_N, rankings[name], known.get(name)) for name, score_N in scores.items()}
     first, *others = scores
     return Assessment(
         {name: estimates_of(drawn) for name, drawn in draws.items()},
         {name: _comparison(label_N, rankings, draws, group_N is not None, first, name) for name in others},
         resampling.replicates,
     )
-
-
-def estimates(
-    label_N: FloatN,
-    scores: Mapping[str, FloatN],
-    group_N: npt.ArrayLike | None = None,
-    *,
-    rankings: Mapping[str, FloatN] | None = None,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-) -> dict[str, dict[str, Estimate]]:
-    """Each scorer's metrics with their intervals."""
-    resampling = Resampling(label_N, group_N, replicates=replicates, seed=seed)
-    rankings = rankings or {}
-    return {name: resampling.estimates(score_N, rankings.get(name)) for name, score_N in scores.items()}
 
 
 def compare(

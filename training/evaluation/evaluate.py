@@ -48,10 +48,9 @@ def evaluate(
     uncalibrated: dict[str, FloatN] = {}
     for subject in subjects:
         scorer = subject.bundle.scorer
-        found_N = scorer.uncalibrated(subject.table)
-        scores[subject.name] = scorer.calibration.apply(found_N)  # as score_encoded, without scoring twice
+        ranking_N, scores[subject.name] = scorer.ranked_and_served(subject.table)
         if scorer.calibration.kind != "none":
-            uncalibrated[subject.name] = found_N
+            uncalibrated[subject.name] = ranking_N
     scores |= baselines
     rankings, group_N = scores | uncalibrated, groups_of(rows.table)
     return Evaluation(

@@ -10,6 +10,7 @@ from training.evaluation.comparison import Assessment, assess
 from training.evaluation.cost import cost
 from training.evaluation.drift import drift
 from training.evaluation.findings import Evaluation, Findings, Resampled, Subject
+from training.evaluation.intervals import REPLICATES
 from training.evaluation.looks import importance
 from training.evaluation.masks import mask_statistics
 from training.evaluation.names import Known
@@ -18,7 +19,6 @@ from training.evaluation.slices import slices
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
-REPLICATES = 1000
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def examine(
         evaluation.scores,
         group_N,
         rankings=evaluation.rankings,
+        metrics=evaluation.metrics,
         replicates=replicates,
         progress=partial(progress, "intervals"),
     )

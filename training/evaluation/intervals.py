@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from features.metrics import score_metrics
 from features.metrics_input import clicks_of
-from training.evaluation.clusters import drawn_weights
+from training.evaluation.clusters import drawn_weights, worth
 from training.evaluation.results import Difference, Estimate, Verdict
 from training.evaluation.sums import RANKED, Clustered, FloatN, Floats, areas_of_counts, metrics_of_sums
 
@@ -43,7 +43,7 @@ class Resampling:
     ) -> None:
         """Draw; of too few clusters nothing is drawn: `replicates` is 0, and intervals and p are None.
 
-        Too few are those worth fewer than eight of one size (Kish, Survey Sampling, 1965): rows² / Σ a cluster's rows².
+        Too few are those worth fewer than eight of one size (`training.evaluation.clusters.worth`).
 
         Args:
             group_N: of each row, None for a row without; None where no group is declared.
@@ -52,22 +52,27 @@ class Resampling:
         self._label_N, self._group_N = label_N, group_N
         self._rows = Clustered.of(clicks_of(label_N, label_N), group_N, seed)
         self.clusters = self._rows.clusters
-        squares = int((np.bincount(self._rows.cluster_N).astype(np.int64) ** 2).sum())
-        self.replicates = replicates if len(label_N) ** 2 >= MIN_CLUSTERS * squares and squares else 0
+        self.replicates = replicates if worth(np.bincount(self._rows.cluster_N)) >= MIN_CLUSTERS else 0
         self._weight_RG = np.ones((1, self.clusters), np.float32)  # whole numbers, so that fp32 is exact
         if self.replicates:
             self._weight_RG = drawn_weights(self.clusters, replicates, seed).astype(np.float32)
         self._progress = progress
 
-    def draws(self, score_N: FloatN, ranking_N: FloatN | None = None) -> Draws:
+    def draws(
+        self,
+        score_N: FloatN,
+        ranking_N: FloatN | None = None,
+        metrics: Mapping[str, float | None] | None = None,
+    ) -> Draws:
         """Each metric of `score_metrics` by replicate, of [1 + R]; NaN where it is not defined.
 
         Args:
             score_N: probabilities.
             ranking_N: what orders the rows; the probabilities unless given.
+            metrics: of the rows as they are, where they have been computed before.
         """
         ranking_N = score_N if ranking_N is None else ranking_N
-        found = score_metrics(self._label_N, score_N, self._group_N, ranking_N)
+        found = metrics or score_metrics(self._label_N, score_N, self._group_N, ranking_N)
         sums, count_GB = self._rows.sums(score_N, ranking_N), self._rows.counts(ranking_N)
         sum_GK = np.stack(list(sums.values()), axis=1)
         parts = []

@@ -50,8 +50,8 @@ def importance(
 
 
 def _quality(bundle: Bundle, table: pa.Table, label_S: FloatN) -> tuple[float | None, float]:
-    ranking_S = bundle.scorer.uncalibrated(table)
-    return auc(label_S, ranking_S), logloss(label_S, bundle.scorer.calibration.apply(ranking_S))
+    ranking_S, score_S = bundle.scorer.ranked_and_served(table)
+    return auc(label_S, ranking_S), logloss(label_S, score_S)
 
 
 def _lost(

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
 
-from training.evaluation.results import Difference, FloatN, Verdict
+from training.evaluation.clusters import worth
+from training.evaluation.intervals import LEVEL, verdict
+from training.evaluation.results import Difference, FloatN
 
-LEVEL = 0.05
 MIN_CLUSTERS = 5  # of one size; below, a standard error over them says little
 
 
@@ -30,21 +31,14 @@ def mean_difference(delta_P: FloatN, cluster_P: npt.NDArray[np.integer]) -> Diff
     be Hall's, the interval of a skewed difference that is just not told apart may leave out zero.
     """
     rows_G, mean = np.bincount(cluster_P), float(delta_P.mean())
-    clusters, equal = int(np.count_nonzero(rows_G)), len(delta_P) ** 2 / float((rows_G**2).sum())
+    clusters, equal = int(np.count_nonzero(rows_G)), float(worth(rows_G))
     if equal < MIN_CLUSTERS:
         return Difference(mean, None, None, None, "t", "not told apart")
     left_G = np.bincount(cluster_P, delta_P - mean).astype(np.float64)  # as it is, which its type does not say
     se = math.sqrt(clusters / (clusters - 1) * float((left_G**2).sum())) / len(delta_P)
     p = float(2 * student.sf(_evidence(mean / se, left_G, clusters), equal - 1)) if se else float(mean == 0)
     half = float(student.ppf(1 - LEVEL / 2, equal - 1)) * se
-    return Difference(mean, mean - half, mean + half, p, "t", verdict(mean, p))
-
-
-def verdict(mean: float, p: float | None) -> Verdict:
-    """What a difference in a loss says of the first."""
-    if p is None or p >= LEVEL:
-        return "not told apart"
-    return "worse" if mean > 0 else "better"
+    return Difference(mean, mean - half, mean + half, p, "t", verdict("logloss", mean, p))
 
 
 def _evidence(t: float, left_G: FloatN, clusters: int) -> float:

@@ -12,15 +12,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import SplitFiles, groups_of
-from features.metrics import log_losses
-from features.metrics_curves import count_scores, roc_area
+from features.metrics import auc, log_losses
 from features.metrics_input import BoolN
 from serving.bundle import Bundle
 from training.evaluation.activity import by_activity
 from training.evaluation.clusters import clusters_of, holm
 from training.evaluation.cuts import Cut, IndexN, by_time, by_value
+from training.evaluation.intervals import verdict
 from training.evaluation.names import Known
-from training.evaluation.paired import mean_difference, verdict
+from training.evaluation.paired import mean_difference
 from training.evaluation.results import Difference, FloatN, Slice
 
 TOP = 10
@@ -108,7 +108,7 @@ def _corrected(found: list[Slice]) -> list[Slice]:
             told.append(part)
             continue
         p = next(corrected)
-        told.append(replace(part, p_corrected=p, verdict=verdict(_delta(part), p)))
+        told.append(replace(part, p_corrected=p, verdict=verdict("logloss", _delta(part), p)))
     return told
 
 
@@ -143,7 +143,7 @@ class _Measure:
         for name, score_N in self.scores.items():
             score_P = score_N[row_P]
             metrics[name] = {
-                "auc": roc_area(count_scores(click_P, self.rankings[name][row_P])).value,
+                "auc": auc(click_P, self.rankings[name][row_P]),
                 "logloss": float(self.loss[name][row_P].mean()),
                 "calibration": float(score_P.sum(dtype=np.float64)) / part.clicks if part.clicks else None,
             }

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.metrics import calibration, expected_calibration_error, logloss, reliability_edges
-from training.evaluation.clusters import clusters_of
+from training.evaluation.clusters import clusters_of, worth
 from training.evaluation.intervals import MIN_CLUSTERS
 from training.evaluation.results import Comparison, Difference
 from training.numbers import number, p_value, signed
@@ -145,22 +145,16 @@ def by_chance(label_N: FloatN, score_N: FloatN, group_N: npt.ArrayLike | None) -
 def _clusters(group_N: npt.ArrayLike | None, rows: int) -> npt.NDArray[np.integer]:
     """The cluster of each row; of rows by themselves where groups are too few or one of them is nearly all."""
     cluster_N = clusters_of(group_N, rows)
-    if _worth(np.bincount(cluster_N)) < MIN_CLUSTERS:
+    if worth(np.bincount(cluster_N)) < MIN_CLUSTERS:
         return clusters_of(None, rows)
     return cluster_N
-
-
-def _worth(rows_G: npt.NDArray[np.number]) -> npt.NDArray[np.floating]:
-    """How many clusters of one size vary as much as these [..., G]: n² / Σ rows²; 0 without rows."""
-    squares = np.square(rows_G, dtype=np.float64).sum(axis=-1)
-    return np.asarray(rows_G.sum(axis=-1, dtype=np.float64) ** 2 / np.maximum(squares, 1.0))
 
 
 def _centred(gap_KG: npt.NDArray[np.number], rows_KG: npt.NDArray[np.number]) -> FloatN:
     """Gaps without their bin's mean gap per row, as widely spread as about the true mean: × √(m / (m − 1))."""
     rows_K1 = rows_KG.sum(axis=1, keepdims=True)
     mean_K1 = gap_KG.sum(axis=1, keepdims=True) / np.maximum(rows_K1, 1)
-    worth_K1 = np.maximum(_worth(rows_KG), 1.0)[:, None]
+    worth_K1 = np.maximum(worth(rows_KG), 1.0)[:, None]
     centred_KG: FloatN = (gap_KG - mean_K1 * rows_KG) * np.sqrt(worth_K1 / np.maximum(worth_K1 - 1, 1.0))
     return centred_KG
 
