@@ -137,6 +137,15 @@ class PreparedDataset:
             )
 
 
+def weights_of(schema: Schema, label_N: np.ndarray) -> np.ndarray | None:
+    """How many rows each of a split for validation or test stands for: a negative that arrived as a share, 1 / share.
+
+    None where every row stands for itself.
+    """
+    arrived = schema.already_sampled
+    return None if arrived is None else np.where(label_N > 0, 1.0, 1.0 / arrived.rate)
+
+
 def groups_of(table: pa.Table) -> np.ndarray | None:
     """The group of each row of a split, None for a row without one; None where the schema has no group."""
     group = table[GROUP]

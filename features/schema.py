@@ -165,6 +165,18 @@ class Schema(Frozen):
             rate *= sampling.rate if sampling else 1.0
         return rate
 
+    def missing_negatives(self, split: str) -> str | None:
+        """Why a split lacks negatives that scores are corrected for; None where all are there.
+
+        `negative_sampling` drops those of the training split alone, `already_sampled` speaks of all rows.
+        """
+        arrived, dropped = self.already_sampled, self.negative_sampling
+        if arrived is not None and arrived.rate < 1:
+            return f"negatives arrived at a share of {arrived.rate:g} (already_sampled)"
+        if split == "train" and dropped is not None and dropped.rate < 1:
+            return f"the train split keeps a share of {dropped.rate:g} of its negatives (negative_sampling)"
+        return None
+
 
 def _check_references(field: FieldSpec, fields: dict[str, FieldSpec]) -> None:
     """ValueError where a field refers to one that is not there or cannot be used so."""

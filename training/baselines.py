@@ -13,7 +13,7 @@ import scipy.sparse as sparse
 from sklearn.linear_model import LogisticRegression
 
 from features.batches import EncodedRows
-from features.dataset import LABEL, PreparedDataset, SplitFiles
+from features.dataset import LABEL, PreparedDataset, SplitFiles, weights_of
 from features.encoders import FIRST, UNKNOWN, Scale
 from features.metrics import logloss
 
@@ -62,8 +62,7 @@ def _logistic_regression(dataset: PreparedDataset, train: SplitFiles) -> Logisti
     models = [LogisticRegression(C=c, max_iter=ITERATIONS).fit(columns, label_S) for c in STRENGTHS]
     valid = _sample(dataset.files("valid"), [*dataset.pipeline.names, LABEL])
     valid_x, valid_S = _columns(dataset, valid), valid[LABEL].to_numpy()
-    arrived = dataset.schema.already_sampled  # each negative of the validation split stands for 1 / rate
-    weight_S = None if arrived is None else np.where(valid_S > 0, 1.0, 1.0 / arrived.rate)
+    weight_S = weights_of(dataset.schema, valid_S)
 
     def loss(model: LogisticRegression) -> float:
         score_S = corrected(model.predict_proba(valid_x)[:, 1], dataset.schema.sampling_rate)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from features.dataset import LABEL, PreparedDataset
+from features.dataset import LABEL, PreparedDataset, weights_of
 from features.errors import InputError
 from serving.calibration import UNCALIBRATED, Calibration, Fitted, Isotonic, Kind, Platt, Temperature, logit, sigmoid
 from serving.scorer import Scorer
@@ -28,8 +28,8 @@ def calibrate(method: Kind, scorer: Scorer, dataset: PreparedDataset, split: str
     if method == "none":
         return UNCALIBRATED
     table = dataset.split(split)
-    label_N, arrived = table[LABEL].to_numpy(), dataset.schema.already_sampled
-    weight_N = None if arrived is None else np.where(label_N > 0, 1.0, 1.0 / arrived.rate)
+    label_N = table[LABEL].to_numpy()
+    weight_N = weights_of(dataset.schema, label_N)
     score_N = scorer.uncalibrated(table)
     return fit_calibration(method, score_N, label_N, weight_N, split=split, sampling_rate=scorer.sampling_rate)
 

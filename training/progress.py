@@ -14,6 +14,15 @@ from training.tracking.run import Run
 _EPOCH_NAMES = {"train_loss": "epoch_train_loss"}  # every step's loss has the bare name
 
 
+def teller(console: Console) -> Callable[[str], None]:
+    """Gives a person a line that stays, of something to know that ends nothing."""
+
+    def tell(message: str) -> None:
+        console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    return tell
+
+
 class TrainingObserver(Observer):
     """Passes the loop's news on to the terminal (standard error) and to MLflow."""
 
@@ -95,7 +104,7 @@ class TrainingObserver(Observer):
 
     def noted(self, message: str) -> None:
         """A line that stays."""
-        self._console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        teller(self._console)(message)
 
     def checkpoint_follows(self) -> None:
         """The records so far, to disk."""

@@ -4,14 +4,35 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+from features.errors import one_line
+from training.errors import Failure
+
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"  # a result's "status"
 Job = TypeVar("Job")
 Result = dict[str, Any]
+
+
+def outcome(work: Callable[[], Result]) -> Result:
+    """What a job's work comes to; never raises for what goes wrong in it, so that one job cannot end all."""
+    try:
+        return work()
+    except Failure as error:
+        return {"status": DIVERGED, "reason": str(error)}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return {"status": FAILED, "reason": reason, "traceback": traceback.format_exc()}
+
+
+def died() -> Result:
+    """Of a job whose process has ended without a result."""
+    return {"status": FAILED, "reason": "its process died"}
 
 
 class Workers(Generic[Job]):

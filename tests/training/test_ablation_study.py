@@ -23,8 +23,9 @@ from training.ablation import jobs as jobs_module
 from training.ablation.cells import Grid
 from training.ablation.command import AblateOptions, run_ablate
 from training.ablation.document import update_document
-from training.ablation.jobs import DONE, FAILED, Job, run_job, run_jobs
+from training.ablation.jobs import Job, run_job, run_jobs
 from training.config import Config
+from training.workers import DONE, FAILED
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "training" / "configs" / "movielens.yaml"

@@ -27,7 +27,7 @@ from training.promotion.checks import (
 )
 from training.promotion.command import checks_table
 from training.promotion.config import PromotionConfig, SliceRule, load_promotion_config
-from training.promotion.trial import _lost, _scored
+from training.promotion.trial import _scored
 
 DEFAULT = PromotionConfig()
 RULE = SliceRule(field="gender", value="F", max_logloss_increase=0.01)
@@ -181,7 +181,8 @@ def test_rows_that_lack_negatives_tell_nothing_of_calibration() -> None:
 )
 def test_which_rows_lack_negatives(keys: dict[str, Any], split: str | None, told: str | None) -> None:
     field = {"name": "a", "type": "categorical"}
-    lost = _lost(Schema.model_validate({"name": "x", "label": {"column": "y"}, "fields": [field], **keys}), split)
+    schema = Schema.model_validate({"name": "x", "label": {"column": "y"}, "fields": [field], **keys})
+    lost = schema.missing_negatives(split)
     assert lost is None if told is None else re.search(told, str(lost))
 
 

@@ -30,7 +30,8 @@ from training.config import Config, load_config
 from training.tracking.opening import flat
 from training.tuning.search import Question, Search, best_of, open_study
 from training.tuning.space import Space
-from training.tuning.trial import DIVERGED, DONE, PRUNED
+from training.tuning.trial import PRUNED
+from training.workers import DIVERGED, DONE
 
 pytestmark = pytest.mark.long
 

@@ -25,7 +25,7 @@ from training.tuning.search import Question
 from training.tuning.seeds import seed_jobs
 from training.tuning.space import Space
 from training.tuning.trained import Trained, compared, spread, spreads
-from training.tuning.trial import DONE, FAILED, Result
+from training.workers import DONE, FAILED, Result
 
 # By seed, log loss and AUC after each epoch, the best epoch by log loss, and log loss on validation once calibrated.
 COURSES: dict[int, tuple[list[tuple[float, float]], int, float]] = {

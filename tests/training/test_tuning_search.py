@@ -23,7 +23,8 @@ from training.tuning.results import trial_rows
 from training.tuning.search import Question, Search, best_of, open_study
 from training.tuning.space import Space
 from training.tuning.tracked import TrackedStudy
-from training.tuning.trial import DIVERGED, DONE, FAILED, PRUNED, REFUSED, Questions, Result, Trial
+from training.tuning.trial import PRUNED, REFUSED, Questions, Trial
+from training.workers import DIVERGED, DONE, FAILED, Result
 
 SPACE = {
     "model.dropout": {"low": 0.0, "high": 0.5},

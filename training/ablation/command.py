@@ -18,7 +18,7 @@ from features.errors import InputError
 from features.files import file_written_whole, read_json
 from training.ablation.cells import Cell, Grid
 from training.ablation.document import update_document
-from training.ablation.jobs import DONE, Job
+from training.ablation.jobs import Job
 from training.ablation.measure import measure
 from training.ablation.report import render
 from training.ablation.results import Answer, answer, write_answer
@@ -28,6 +28,7 @@ from training.bench.machine import cpu_name
 from training.config import NAME, load_config
 from training.fit.starting import require_trainable
 from training.numbers import number
+from training.workers import DONE
 
 
 @dataclass(frozen=True, kw_only=True)

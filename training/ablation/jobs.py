@@ -2,7 +2,6 @@
 
 import math
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -12,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import one_line
 from features.files import file_written_whole, read_json, write_json
 from training.config import Config
-from training.workers import Workers
+from training.workers import DIVERGED, DONE, Workers, died, outcome
 
-DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 DIAGNOSED_ROWS = 20_000  # of the test split
 LANDSCAPE_ROWS = 4096  # of these
 
@@ -67,21 +64,13 @@ def run_jobs(jobs: Sequence[Job], processes: int, done: Callable[[Job, dict[str,
 
 
 def _lost(job: Job) -> dict[str, Any]:
-    return _record(job, {"status": FAILED, "reason": "its process died"})
+    return _record(job, died())
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train, score, measure; never raises for what goes wrong in it, so that one cell cannot end a study."""
-    from training.errors import Failure
-
+    """Train, score, measure; never raises for what goes wrong in it."""
     started = time.perf_counter()
-    try:
-        result = _train_and_measure(job)
-    except Failure as error:
-        result = {"status": DIVERGED, "reason": str(error)}
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        result = {"status": FAILED, "reason": reason, "traceback": traceback.format_exc()}
+    result = outcome(lambda: _train_and_measure(job))
     return _record(job, {**result, "seconds": time.perf_counter() - started})
 
 
@@ -117,18 +106,9 @@ def _train_and_measure(job: Job) -> dict[str, Any]:
     with join_world() as world, TemporaryDirectory() as folder:
         going = Going(checkpoints=Path(folder), failed=job.result.with_suffix(".failed"), observer=Silent())
         fitted = fit_dataset(job.config, dataset, world, going)
-    position, weights = fitted.position, fitted.weights
+    weights = fitted.weights
     assert weights is not None  # of rank 0
-    best = position.history[position.best_epoch]
-    result: dict[str, Any] = {
-        "status": DONE,
-        "valid_logloss": best["logloss"],
-        "valid_auc": best["auc"],
-        "history": position.history,
-        "best_epoch": position.best_epoch + 1,
-        "steps": position.step,
-        "samples_per_second": position.samples / position.seconds,
-    }
+    result: dict[str, Any] = {"status": DONE, **fitted.position.summary()}
     if job.scores is not None:
         model = build_model(job.config.model, dataset)
         model.load_weights(weights.network, [weights.tables[name] for name in model.table_names])

@@ -22,10 +22,11 @@ from features.errors import InputError
 from features.files import canonical_json, file_written_whole, read_json, write_json
 from features.metrics import auc_standard_error
 from training.ablation.cells import Cell, next_rate, rates, with_rate
-from training.ablation.jobs import DONE, Job, run_jobs
+from training.ablation.jobs import Job, run_jobs
 from training.ablation.statistics import CellStatistics, compare
 from training.errors import Failure
 from training.evaluation.clusters import clusters_of
+from training.workers import DONE
 
 TUNING_SEED = 0  # not one of the seeds that are compared
 MOST_BEYOND = 2  # further learning rates tried while the best is the lowest or the highest

@@ -10,11 +10,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from features.errors import InputError, one_line
-from training.ablation.jobs import DONE, Job
+from training.ablation.jobs import Job
 from training.ablation.study import Study
 from training.config import Config
 from training.tracking.mlflow_run import metric_name
 from training.tracking.opening import flat
+from training.workers import DONE
 
 _NO_TIME = 0
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from features.arrays import flat_values
 from features.dataset import PreparedDataset
 from features.encoders import UNKNOWN
 from serving.bundle import tables_of
@@ -78,9 +78,8 @@ def count_ids(data: Sequence[PreparedDataset], world: World) -> dict[str, torch.
 
 def _counted(column: pa.ChunkedArray, num_ids: int, hidden: Mapping[str, float], name: str) -> torch.Tensor:
     """Counts [ids] of a column, as training will see it on average."""
-    ids = column.combine_chunks()
-    flat_N = (pc.list_flatten(ids) if pa.types.is_list(ids.type) else ids).to_numpy(zero_copy_only=False)
-    count_I = torch.from_numpy(np.bincount(flat_N, minlength=num_ids)).double()
+    ids, _ = flat_values(column.combine_chunks())
+    count_I = torch.from_numpy(np.bincount(ids.to_numpy(zero_copy_only=False), minlength=num_ids)).double()
     share = hidden.get(name, 0.0)
     seen_I = count_I * (1 - share)
     seen_I[UNKNOWN] += share * count_I.sum()

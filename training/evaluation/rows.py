@@ -72,9 +72,7 @@ def same_rows_of_files(first: Bundle, second: Bundle, sources: Sequence[str], ma
 
 
 def _sampled(dataset: PreparedDataset, split: str) -> bool:
-    """`negative_sampling` drops negatives of the training split alone; `already_sampled` speaks of all rows."""
-    dropped, arrived = dataset.schema.negative_sampling, dataset.schema.already_sampled
-    return (arrived is not None and arrived.rate < 1) or (split == "train" and dropped is not None and dropped.rate < 1)
+    return dataset.schema.missing_negatives(split) is not None
 
 
 def _known(dataset: PreparedDataset) -> Known:

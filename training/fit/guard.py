@@ -1,6 +1,5 @@
 """A loss that is no number, or too large to be one of training: what was the batch, and where did it begin?"""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,9 @@ class Guard:
         loss: torch.Tensor
         with self.stopwatch.of("forward"):
             loss, output = self._dmp(batch)
-            total = float(loss.detach())
-        # The rows' own loss is what has a bound; penalties on embeddings may be large, but they are numbers.
-        value = float(output.loss) if math.isfinite(total) else total
+            # The rows' own loss is what has a bound; penalties on embeddings may be large, but they are numbers.
+            total = loss.detach()
+            value = float(torch.where(total.isfinite(), output.loss, total))
         is_bad, is_hopeless = self._agreed(not value <= self._max_loss)
         if is_hopeless:
             told = self._told(batch, value)

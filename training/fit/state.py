@@ -44,6 +44,18 @@ class Position:
         """Of the pass's steps that were not skipped; NaN if all were."""
         return self.loss_sum / self.loss_steps if self.loss_steps else float("nan")
 
+    def summary(self) -> dict[str, Any]:
+        """Of a training over epochs that is done: its course, its speed, and validation at the best epoch."""
+        best = self.history[self.best_epoch]
+        return {
+            "valid_logloss": best["logloss"],
+            "valid_auc": best["auc"],
+            "history": self.history,
+            "best_epoch": self.best_epoch + 1,
+            "steps": self.step,
+            "samples_per_second": self.samples / self.seconds,
+        }
+
     def improves(self, value: float) -> bool:
         """Whether an epoch's value, of which lower is better, is the best so far; NaN never is."""
         return value < float("inf") if self.best_value is None else value < self.best_value

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from features.dataset import LABEL, PreparedDataset, SplitFiles, groups_of
 from features.errors import InputError
-from features.schema import Schema
 from serving.bundle import Bundle
 from training.errors import Failure
 from training.evaluation.comparison import assess
@@ -136,7 +135,9 @@ def _of_dataset(contenders: Sequence[Contender], path: Path, split: str) -> _Enc
         dataset.require_pipeline(contender.bundle.pipeline.digest, contender.uri)
     table = dataset.split(split)
     train = dataset.files("train") if "train" in dataset.splits else None
-    return _Encoded([table] * len(contenders), f"{split} split of {path}", train, _lost(dataset.schema, split))
+    return _Encoded(
+        [table] * len(contenders), f"{split} split of {path}", train, dataset.schema.missing_negatives(split)
+    )
 
 
 def _of_files(contenders: Sequence[Contender], given: Given) -> _Encoded:
@@ -145,14 +146,4 @@ def _of_files(contenders: Sequence[Contender], given: Given) -> _Encoded:
         found = list(same_rows_of_files(first, others[0], given.sources, given.max_bad_rows))
     else:
         found = [rows_of_files(first, given.sources, given.max_bad_rows)]
-    return _Encoded([rows.table for rows in found], found[0].source, None, _lost(first.schema))
-
-
-def _lost(schema: Schema, split: str | None = None) -> str | None:
-    """Why a split, or raw files, lack negatives that the scores are corrected for; None where they are all there."""
-    arrived, dropped = schema.already_sampled, schema.negative_sampling
-    if arrived is not None and arrived.rate < 1:
-        return f"negatives arrived at a share of {arrived.rate:g} (already_sampled)"
-    if split == "train" and dropped is not None and dropped.rate < 1:
-        return f"the train split keeps a share of {dropped.rate:g} of its negatives (negative_sampling)"
-    return None
+    return _Encoded([rows.table for rows in found], found[0].source, None, first.schema.missing_negatives("test"))

@@ -6,7 +6,7 @@ sent when it is back, or by the same command with --resume.
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.console import Console
 from features.errors import InputError
 from features.files import read_json
 from training.config import Config, without_password
+from training.progress import teller
 from training.tracking.environment import environment, run_name, run_tags
 from training.tracking.mlflow_run import OFFLINE, MlflowRun, run_with_local_id
 from training.tracking.outages import RequestLimits, is_mistake, reason, require_database
@@ -47,7 +48,7 @@ def open_run(
     Raises:
         InputError: MLflow's address, or a name, is wrong; or `out` holds a run and `resume` is not asked for.
     """
-    tell = _teller(console or Console(stderr=True))
+    tell = teller(console or Console(stderr=True))
     if config.tracking.uri:
         mlflow.set_tracking_uri(config.tracking.uri)
     address = without_password(mlflow.get_tracking_uri())
@@ -106,13 +107,6 @@ def _record_start(run: Run, config: Config, data: dict[str, Any]) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _teller(console: Console) -> Callable[[str], None]:
-    def tell(message: str) -> None:
-        console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    return tell
 
 
 def attach_report(run_id: str | None, files: Sequence[Path], place: str) -> None:

@@ -15,7 +15,7 @@ OUT/
 import fcntl
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from training.calibration import require_calibratable
 from training.config import NAME, Config, load_config, save_config
 from training.errors import Stopped
 from training.fit.starting import require_trainable
+from training.progress import teller
 from training.tuning.progress import TuningProgress
 from training.tuning.results import Answer, answer_of, trial_rows, write_answer
 from training.tuning.search import TRIAL_SEED, Metric, Question, Search, best_of, open_study
@@ -73,16 +74,17 @@ def run_tune(options: TuneOptions, console: Console) -> tuple[Answer, list[dict[
     config = _config(options)
     dataset = PreparedDataset.open(options.data)
     question = _question(options, config, dataset)
-    require_trainable(config, dataset, dataset.split("valid"))
-    require_calibratable(config.calibration.method, dataset.split("valid"))
+    valid = dataset.split("valid")
+    require_trainable(config, dataset, valid)
+    require_calibratable(config.calibration.method, valid)
     if options.ensemble:
         require_ensemble_possible(dataset, options.seeds)
     if changed := question.space.changed():
         told = f"trial 0 is only the nearest to {options.config} in {question.space.source}: {told_changes(changed)}"
-        _teller(console)(told)
+        teller(console)(told)
     with _interruptible(), _alone(question.out):
         study = open_study(question)
-        tracked = TrackedStudy(question.name, config, question.space, question.out, _teller(console))
+        tracked = TrackedStudy(question.name, config, question.space, question.out, teller(console))
         tracked.open()
         status = "FAILED"
         try:
@@ -163,13 +165,6 @@ def _answer(
     model = trained.ensemble(console) if options.ensemble else trained.best(console)
     tracked.below(trained.run_ids() + ([model["run_id"]] if options.ensemble else []))
     return answer_of(question, study, best, trained, model) | {"config": str(question.out / "best.yaml")}
-
-
-def _teller(console: Console) -> Callable[[str], None]:
-    def tell(message: str) -> None:
-        console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    return tell
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from training.numbers import number
 from training.tuning.search import Metric, facts_of
 from training.tuning.seeds import SeedJob
-from training.tuning.trial import DONE, Result
+from training.workers import DONE, Result
 
 
 class TuningProgress:

@@ -14,7 +14,7 @@ from features.files import file_written_whole, write_json
 from training.numbers import number
 from training.tuning.search import FORMAT, Question, facts_of
 from training.tuning.trained import Spread, Trained, compared, spread, spreads
-from training.tuning.trial import DONE
+from training.workers import DONE
 
 _FACTS = ("valid_logloss", "valid_auc", "best_epoch", "seconds", "samples_per_second", "reason")
 _SHOWN = {"auc": "AUC", "logloss": "log loss", "calibration": "calibration", "ece": "ECE"}

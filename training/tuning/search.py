@@ -24,8 +24,8 @@ from features.errors import InputError, one_line
 from training.errors import Failure
 from training.fit.starting import require_trainable
 from training.tuning.space import Space
-from training.tuning.trial import DONE, FAILED, PRUNED, REFUSED, Questions, Result, Trial, run_trial
-from training.workers import Workers
+from training.tuning.trial import PRUNED, REFUSED, Questions, Trial, run_trial
+from training.workers import DONE, Result, Workers, died
 
 Metric = Literal["logloss", "auc"]
 FORMAT = 1
@@ -179,7 +179,7 @@ class Search:
 
 
 def _lost(trial: Trial) -> Result:
-    return {"status": FAILED, "reason": "its process died", "seconds": 0.0}
+    return {**died(), "seconds": 0.0}
 
 
 def facts_of(trial: optuna.trial.FrozenTrial) -> Result:

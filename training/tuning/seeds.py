@@ -1,17 +1,14 @@
 """The best configuration trained with several seeds, as `masknet train` does it, in worker processes."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from features.errors import one_line
 from training.config import Config
 from training.errors import Failure, Stopped
-from training.tuning.trial import DIVERGED, DONE, FAILED, Result
-from training.workers import Workers
+from training.workers import DONE, FAILED, Result, Workers, died, outcome
 
 
 @dataclass(frozen=True)
@@ -35,17 +32,16 @@ def seed_jobs(config: Config, data: Path, out: Path, seeds: int) -> list[SeedJob
 
 def train_seed(job: SeedJob) -> Result:
     """Train, or go on, without registering; never raises for what goes wrong in it."""
+    return outcome(lambda: _train(job))
+
+
+def _train(job: SeedJob) -> Result:
     from training.train import train
 
     try:
         found = train(job.config, job.data, job.out, Console(quiet=True), resume=True, register=False)
     except Stopped as stopped:
         return {"status": FAILED, "reason": str(stopped)}
-    except Failure as error:
-        return {"status": DIVERGED, "reason": str(error)}
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        return {"status": FAILED, "reason": reason, "traceback": traceback.format_exc()}
     assert found is not None  # a world of one
     return {"status": DONE, **found}
 
@@ -63,11 +59,7 @@ def train_seeds(jobs: Sequence[SeedJob], processes: int, told: Callable[[SeedJob
         told(job, result)
 
     left = iter(jobs)
-    Workers(lambda: next(left, None), train_seed, _lost, done).run(processes)
+    Workers(lambda: next(left, None), train_seed, lambda _: died(), done).run(processes)
     if not any(result["status"] == DONE for result in results.values()):
         raise Failure(f"the best configuration came to an end with no seed; with seed 1: {results[1]['reason']}")
     return dict(sorted(results.items()))
-
-
-def _lost(job: SeedJob) -> Result:
-    return {"status": FAILED, "reason": "its process died"}

@@ -22,7 +22,8 @@ from training.tracking.opening import flat
 from training.tracking.outages import RequestLimits, is_mistake, reason, require_database
 from training.tuning.search import facts_of
 from training.tuning.space import Space
-from training.tuning.trial import DONE, PRUNED
+from training.tuning.trial import PRUNED
+from training.workers import DONE
 
 _METRICS = {
     "valid_logloss": "best_valid_logloss",

@@ -20,7 +20,7 @@ from training.evaluation.scored import metrics_of
 from training.tracking.opening import open_run
 from training.train import train
 from training.tuning.seeds import SeedJob
-from training.tuning.trial import DONE, Result
+from training.workers import DONE, Result
 
 LEVEL = 0.05
 Metrics = dict[str, dict[str, float | None]]

@@ -11,20 +11,17 @@ import json
 import math
 import shutil
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from features.errors import one_line
 from features.files import file_written_whole, read_json, write_json
 from training.config import Config
-from training.errors import Failure
 from training.fit.observer import Observer
+from training.workers import DONE, Result, outcome
 
-DONE, PRUNED, DIVERGED, FAILED, REFUSED = "done", "pruned", "diverged", "failed", "refused"
+PRUNED, REFUSED = "pruned", "refused"  # beside what `training.workers` knows
 _PATIENCE = 0.02  # seconds between two looks for an answer
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,15 +93,7 @@ def run_trial(trial: Trial) -> Result:
     if path.is_file():
         return dict(read_json(path, "tuning"))
     started = time.perf_counter()
-    try:
-        result = _train(trial)
-    except _Pruned as pruned:
-        result = {"status": PRUNED, "reason": str(pruned)}
-    except Failure as error:
-        result = {"status": DIVERGED, "reason": str(error)}
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        result = {"status": FAILED, "reason": reason, "traceback": traceback.format_exc()}
+    result = outcome(lambda: _train(trial))
     result["seconds"] = time.perf_counter() - started
     with file_written_whole(path) as aside:
         write_json(aside, result)
@@ -123,16 +112,10 @@ def _train(trial: Trial) -> Result:
     going = Going(
         checkpoints=trial.folder / "checkpoints", failed=trial.folder / "failed", observer=observer, resume=True
     )
-    with join_world() as world:
-        position = fit_dataset(trial.config, PreparedDataset.open(trial.data), world, going).position
+    try:
+        with join_world() as world:
+            position = fit_dataset(trial.config, PreparedDataset.open(trial.data), world, going).position
+    except _Pruned as pruned:
+        return {"status": PRUNED, "reason": str(pruned)}
     best = position.history[position.best_epoch]
-    return {
-        "status": DONE,
-        "value": best[trial.config.train.early_stop.metric],
-        "valid_logloss": best["logloss"],
-        "valid_auc": best["auc"],
-        "history": position.history,
-        "best_epoch": position.best_epoch + 1,
-        "steps": position.step,
-        "samples_per_second": position.samples / position.seconds,
-    }
+    return {"status": DONE, "value": best[trial.config.train.early_stop.metric], **position.summary()}
