@@ -84,7 +84,7 @@ class BatchLoader:
         Raises:
             InputError: some rank would have no rows.
         """
-        self._split, self._pipeline = split, pipeline
+        self.split, self._pipeline = split, pipeline
         self._share = share or Share()
         self._seed, self._buffer_rows = shuffle_seed, buffer_rows
         self.num_rows = split.num_rows
@@ -128,7 +128,7 @@ class BatchLoader:
             start += rows
 
     def _grouped(self, epoch: int) -> Iterator[list[RowGroup]]:
-        groups = self._split.row_groups
+        groups = self.split.row_groups
         if self._seed is not None:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(groups))
             groups = [groups[index] for index in order]
@@ -145,7 +145,7 @@ class BatchLoader:
 
     def _decode(self, groups: list[RowGroup], epoch: int, index: int, start: int) -> _Buffer:
         names = [*self._pipeline.names, LABEL, WEIGHT]
-        table = pa.concat_tables([self._split.read(group, names) for group in groups])
+        table = pa.concat_tables([self.split.read(group, names) for group in groups])
         if self._seed is None:
             rows, order = self._rows(self._pipeline.as_served(table)), np.arange(table.num_rows)
         else:

@@ -17,6 +17,7 @@ import pytest
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from tests.benchmarks.quality_page import PAGE, page
 from training.cli import app
 from training.reference import config_reference
 
@@ -39,6 +40,11 @@ def test_make_targets_exist() -> None:
 
 def test_reference_is_the_codes() -> None:
     assert config_reference() in (ROOT / "training" / "README.md").read_text()
+
+
+def test_quality_is_what_was_measured() -> None:
+    found = json.loads((ROOT / "tests" / "benchmarks" / "results" / "quality.json").read_text())
+    assert PAGE.read_text() == page(found["rows"], found["seeds"])
 
 
 def test_schema_in_the_readme_is_part_of_the_file() -> None:

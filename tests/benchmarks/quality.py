@@ -22,7 +22,7 @@ from features.dataset import LABEL, PreparedDataset, groups_of
 from features.metrics import logloss
 from tests.benchmarks import quality_data as data
 from tests.benchmarks.common import write_result
-from tests.benchmarks.quality_page import write_page
+from tests.benchmarks.quality_page import PAGE, page
 from tests.benchmarks.rivals.tabular import SEARCHED, lightgbm_searched, logistic_regression
 from training.ablation.jobs import Job, run_jobs
 from training.ablation.statistics import compare
@@ -176,7 +176,7 @@ def main() -> None:
             make(given.out / name)
         rows.append(result_of(name, given.out, given.seeds))
     write_result("quality", {"seeds": given.seeds, "rows": rows})
-    write_page(rows, given.seeds)
+    PAGE.write_text(page(rows, given.seeds))
     if given.only:
         print("the page has only what --only names")
 

@@ -14,10 +14,10 @@ TITLES = {
 }
 
 
-def write_page(rows: Sequence[dict[str, Any]], seeds: int) -> None:
+def page(rows: Sequence[dict[str, Any]], seeds: int) -> str:
     """A section per data set, and where the default loses."""
     parts = [_HEAD.format(seeds=seeds), _summary(rows), *(_section(row) for row in rows)]
-    PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> str:

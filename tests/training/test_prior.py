@@ -60,8 +60,8 @@ def counted(dataset: PreparedDataset) -> dict[str, Counter[int]]:
 
 def test_ids_are_counted_by_table_and_as_training_sees_them(lists: PreparedDataset) -> None:
     with join_world() as world:
-        found = count_ids([lists], world)
-        twice = count_ids([lists, lists], world)
+        found = count_ids([lists.files("train")], lists.pipeline, world)
+        twice = count_ids(2 * [lists.files("train")], lists.pipeline, world)
     raw = counted(lists)
     assert found.keys() == {"user", "friend", "tags"}  # price has no ids
     assert torch.equal(found["user"], found["friend"])
@@ -99,11 +99,11 @@ def test_of_a_list_the_shares_of_its_ids_add_up() -> None:
 
 def test_ranks_count_a_share_each(lists: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with join_world() as world:
-        whole = count_ids([lists], world)
+        whole = count_ids([lists.files("train")], lists.pipeline, world)
     pq.write_table(lists.split("train"), tmp_path / "train.parquet", row_group_size=90)
-    monkeypatch.setattr(PreparedDataset, "files", lambda *_: SplitFiles([tmp_path / "train.parquet"]))
+    split = SplitFiles([tmp_path / "train.parquet"])
     monkeypatch.setattr("training.embeddings.prior.sum_over_ranks", lambda count_I: count_I)
-    parts = [count_ids([lists], World(rank=rank, size=3, device=CPU)) for rank in range(3)]
+    parts = [count_ids([split], lists.pipeline, World(rank=rank, size=3, device=CPU)) for rank in range(3)]
     assert all(part["tags"].sum() > 0 for part in parts)
     for name, count_I in whole.items():
         assert torch.allclose(sum(part[name] for part in parts), count_I)

@@ -15,8 +15,9 @@ from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from features.arrays import flat_values
-from features.dataset import PreparedDataset
+from features.dataset import SplitFiles
 from features.encoders import UNKNOWN
+from features.pipeline import FeaturePipeline
 from serving.bundle import tables_of
 from training.distributed import World, sum_over_ranks
 
@@ -54,18 +55,16 @@ class EmbeddingPrior(nn.Module):
         return self._strength / 2 * penalty_B
 
 
-def count_ids(data: Sequence[PreparedDataset], world: World) -> dict[str, torch.Tensor]:
-    """How often each id of each field occurs in the training splits, [ids], the same on every rank; all must call this.
+def count_ids(splits: Sequence[SplitFiles], pipeline: FeaturePipeline, world: World) -> dict[str, torch.Tensor]:
+    """How often each id of each field occurs in the splits that are trained on, [ids]: the same on every rank.
 
-    Fields that share a table share the counts. Ids that training hides count as the unknown one. Managed fields are
-    left out: which rows their ids get is not known yet.
+    Every rank must call this. Fields that share a table share the counts. Ids that training hides count as the unknown
+    one. Managed fields are left out: which rows their ids get is not known yet.
     """
-    pipeline = data[0].pipeline
     fields = [field for field in pipeline.fields if not field.is_value and not field.is_managed]
     rows = {table.name: table.rows for table in tables_of(pipeline)}
     counts = {owner: torch.zeros(rows[owner], dtype=torch.float64) for owner in {field.owner for field in fields}}
-    for dataset in data:
-        files = dataset.files("train")
+    for files in splits:
         for group in files.row_groups[world.rank :: world.size]:
             table = files.read(group, [field.name for field in fields])
             for field in fields:

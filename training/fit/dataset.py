@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader, Share
+from features.pipeline import FeaturePipeline
 from masknet.model import MaskNet, Table, initial_rows, split_weights
 from serving.bundle import tables_of
 from training.config import Config
@@ -125,7 +126,7 @@ def _loop(
     start: Start | None,
 ) -> Iterator[Loop]:
     """The sharded model, its start and its checkpoints, as a training that can begin or go on."""
-    dmp, managed = _sharded(config, data, world, going.observer, start)
+    dmp, managed = _sharded(config, data[0], [loader for _, loader in passes], world, going.observer, start)
     checkpoints = Checkpoints(going.checkpoints, config.train.keep_checkpoints, world, going.observer.noted)
     setting = Setting(
         passes=passes,
@@ -145,19 +146,24 @@ def _loop(
 
 
 def _sharded(
-    config: Config, data: list[PreparedDataset], world: World, observer: Observer, start: Start | None
+    config: Config,
+    dataset: PreparedDataset,
+    loaders: list[BatchLoader],
+    world: World,
+    observer: Observer,
+    start: Start | None,
 ) -> tuple[DistributedModelParallel, ManagedIds]:
     """The task over all processes with the weights to start from, and the managed ids' rows."""
     keep_freed_memory()
     set_precision(config.train.precision, world.device)
-    dataset, train, shape, device = data[0], config.train, config.model, world.device.type
+    train, shape, device = config.train, config.model, world.device.type
     tables, model = tables_of(dataset.pipeline), prepare_model(config, dataset, start)
     task = ClickTask(
         model,
         train.precision,
         device,
         embedding_l2=config.optimizer.embedding_l2,
-        prior=_prior(config.optimizer.embedding_prior, model, data, world),
+        prior=_prior(config.optimizer.embedding_prior, model, dataset.pipeline, loaders, world),
         embedding_dropout=shape.embedding_dropout,
     )
     dmp = shard(task, tables, config, world, frozen=train.train_only_affine)
@@ -180,10 +186,13 @@ def _sharded(
     return dmp, managed
 
 
-def _prior(strength: float, model: MaskNet, data: list[PreparedDataset], world: World) -> EmbeddingPrior | None:
+def _prior(
+    strength: float, model: MaskNet, pipeline: FeaturePipeline, loaders: list[BatchLoader], world: World
+) -> EmbeddingPrior | None:
     if not strength:
         return None
-    return EmbeddingPrior(strength, count_ids(data, world), model.field_names, world.device)
+    splits = [loader.split for loader in dict.fromkeys(loaders)]  # epochs have one loader, days one each
+    return EmbeddingPrior(strength, count_ids(splits, pipeline, world), model.field_names, world.device)
 
 
 def _share(world: World) -> Share:
