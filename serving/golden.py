@@ -16,9 +16,9 @@ from features.encoders import Identity, LogBucket, Quantile, Scale, Vocabulary
 from features.errors import InputError
 from features.fields import DateField, ListField, NumericField
 from features.pipeline import FittedField
+from serving.api.times import from_seconds
 from serving.calibration import ScoreN
 from serving.scorer import Scorer
-from serving.times import from_seconds
 
 GOLDEN_FILE = "golden.json"
 ROWS = 16

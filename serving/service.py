@@ -1,4 +1,4 @@
-"""The BentoML service: health, metrics and workers are BentoML's, the routes are serving.routes's.
+"""The BentoML service: health, metrics and workers are BentoML's, the routes are serving.api.routes's.
 
 `masknet serve` starts it; the bundle's folder comes in MASKNET_BUNDLE, what the registry calls it in MASKNET_VERSION.
 """
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import bentoml
 
+from serving.api.routes import create_app
 from serving.bundle import load_bundle
-from serving.engine import RankingEngine
-from serving.routes import create_app
+from serving.ranking.engine import RankingEngine
 from serving.start import BUNDLE_VARIABLE, VERSION_VARIABLE, WORKERS_VARIABLE
 
 app = create_app()

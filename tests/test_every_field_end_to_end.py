@@ -17,7 +17,7 @@ from features.errors import InputError
 from features.prepare import prepare
 from features.schema import Schema, load_schema
 from serving.bundle import Bundle, load_bundle
-from serving.engine import RankingEngine
+from serving.ranking.engine import RankingEngine
 from training.config import Config
 
 ROOT = Path(__file__).parent.parent

@@ -495,9 +495,9 @@ def score(
     masknet score models:/movielens-ranker@champion --input today.parquet --out scored
     """
     check_stack()
-    from serving.batch import score_files
     from serving.bundle import load_bundle
     from serving.models import locate
+    from serving.scoring.files import score_files
 
     started = time.perf_counter()
     rows = score_files(load_bundle(locate(model).path), input, out)

@@ -19,9 +19,9 @@ from features.errors import InputError
 from features.prepare import prepare
 from features.schema import load_schema
 from features.splits import SplitRule
-from serving.batch import SCORE, score_files
 from serving.bundle import load_bundle
 from serving.models import locate
+from serving.scoring.files import SCORE, score_files
 from training.commands import run_evaluate
 from training.config import load_config
 from training.errors import Failure

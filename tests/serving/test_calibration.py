@@ -17,12 +17,12 @@ from scipy.special import logit as scipy_logit
 from starlette.testclient import TestClient
 
 from features.errors import InputError
-from serving.batch import score_files
+from serving.api.routes import create_app
 from serving.bundle import Bundle, load_bundle
 from serving.calibration import UNCALIBRATED, Calibration, logit, sigmoid
-from serving.engine import RankingEngine
-from serving.routes import create_app
+from serving.ranking.engine import RankingEngine
 from serving.scorer import Scorer
+from serving.scoring.files import score_files
 
 FITTED = {"split": "valid", "rows": 100, "sampling_rate": 0.2}
 KNOTS = {"kind": "isotonic", "scores": [0.1, 0.2, 0.4, 0.9], "values": [0.05, 0.3, 0.3, 0.7]}

@@ -18,9 +18,9 @@ from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.calibration import Calibration
-from serving.engine import RankingEngine
 from serving.ensemble import write_ensemble
 from serving.members import Member
+from serving.ranking.engine import RankingEngine
 
 Make = Callable[..., Bundle]
 

@@ -26,10 +26,10 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema, load_schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
+from serving.api.routes import create_app
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
-from serving.engine import RankingEngine
 from serving.members import Member
-from serving.routes import create_app
+from serving.ranking.engine import RankingEngine
 
 RATE = 0.2
 SCHEMA = Schema.model_validate(

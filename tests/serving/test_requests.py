@@ -15,12 +15,12 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
-from serving.api_errors import ApiError
+from serving.api.errors import ApiError
+from serving.api.requests import parse_predict, parse_rank
+from serving.api.routes import create_app
 from serving.bundle import fields_of, load_bundle, tables_of, write_bundle
-from serving.engine import RankingEngine
 from serving.members import Member
-from serving.requests import parse_predict, parse_rank
-from serving.routes import create_app
+from serving.ranking.engine import RankingEngine
 
 SCHEMA = Schema.model_validate(
     {

@@ -9,9 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from features.dataset import PreparedDataset
+from serving.api.routes import create_app
 from serving.bundle import Bundle
-from serving.engine import RankingEngine
-from serving.routes import create_app
+from serving.ranking.engine import RankingEngine
 
 CONTEXT = {"user_id": "13", "age": 47, "gender": "M", "occupation": "educator"}
 CANDIDATES: dict[str, list[Any]] = {

@@ -14,10 +14,10 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from features.errors import InputError
-from serving.api_errors import ApiError
-from serving.engine import Ranked, RankingEngine
-from serving.openapi import describe
-from serving.requests import parse_predict, parse_rank
+from serving.api.errors import ApiError
+from serving.api.openapi import describe
+from serving.api.requests import parse_predict, parse_rank
+from serving.ranking.engine import Ranked, RankingEngine
 
 MAX_BODY_BYTES = 16 * 2**20
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]  # all, so that a wrong one gets our body too

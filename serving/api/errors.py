@@ -1,6 +1,6 @@
 """What goes wrong with a request, and its one body.
 
-ApiError   status, code, message and location; serving.routes turns it into
+ApiError   status, code, message and location; serving.api.routes turns it into
            {"error": {"code": …, "message": …, "location": …}}
 """
 

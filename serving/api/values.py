@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 from features.fields import ListField, NumericField, RawField
 from features.schema import Schema
-from serving.api_errors import ApiError
-from serving.times import parse_time, time_columns
+from serving.api.errors import ApiError
+from serving.api.times import parse_time, time_columns
 
 # Takes a value and its location; gives the value as the pipeline takes it, or raises ApiError.
 Check: TypeAlias = Callable[[Any, str], Any]

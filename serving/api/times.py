@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from features.schema import Schema
-from serving.api_errors import ApiError
+from serving.api.errors import ApiError
 
 EXPECTED = "seconds since 1970 or ISO 8601 text"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Request bodies into checked columns. What may be sent for a field stands in serving.values."""
+"""Request bodies into checked columns. What may be sent for a field stands in serving.api.values."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 
 from features.schema import Schema
-from serving.api_errors import ApiError
-from serving.times import parse_time
-from serving.values import Sent
+from serving.api.errors import ApiError
+from serving.api.times import parse_time
+from serving.api.values import Sent
 
 MAX_ROWS = 5_000
 DEFAULT_TOP_K = 10

@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 from features.fields import DateField, ListField, NumericField, RawField
 from features.schema import Schema
+from serving.api.requests import DEFAULT_TOP_K, MAX_ROWS
+from serving.api.times import EXPECTED, time_columns
 from serving.calibration import Kind
-from serving.requests import DEFAULT_TOP_K, MAX_ROWS
-from serving.times import EXPECTED, time_columns
 
 Json = dict[str, Any]
 _MOMENT = datetime(2024, 5, 1, 18, 30, tzinfo=UTC)

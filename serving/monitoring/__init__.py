@@ -1,0 +1,1 @@
+"""What a running service tells: metrics, the log of predictions, drift."""
