@@ -1,4 +1,4 @@
-"""The service's configuration: a YAML file, every key described here. `masknet serve --set section.key=value` overrides.
+"""The service's configuration: a YAML file, every key described here; `masknet serve --set section.key=value`.
 
 Workers get it as JSON in the environment (`VARIABLE`), with the model's name and what it was resolved to at the start.
 """

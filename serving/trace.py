@@ -17,8 +17,8 @@ Role = Literal["champion", "challenger", "shadow"]
 class Trace:
     """One request, from its arrival on.
 
-    `lap` ends a stage: the time since the last one ended is the stage's. The engine sets what it has seen, the routes what
-    was asked; scores are the served ones (after calibration) of all rows, in the order of the request.
+    `lap` ends a stage: the time since the last one ended is the stage's. The engine sets what it has seen, the routes
+    what was asked; scores are the served ones (after calibration) of all rows, in the order of the request.
     """
 
     route: str
