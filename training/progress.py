@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from training.fit.observer import Observer
 from training.numbers import number
-from training.tracking.run import Run
+
+if TYPE_CHECKING:
+    from training.tracking.run import Run  # and MLflow with it, which not all that shows progress has
 
 _EPOCH_NAMES = {"train_loss": "epoch_train_loss"}  # every step's loss has the bare name
 
@@ -26,7 +29,7 @@ def teller(console: Console) -> Callable[[str], None]:
 class TrainingObserver(Observer):
     """Passes the loop's news on to the terminal (standard error) and to MLflow."""
 
-    def __init__(self, run: Run, console: Console) -> None:
+    def __init__(self, run: "Run", console: Console) -> None:
         self._run, self._console = run, console
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
