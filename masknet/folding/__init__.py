@@ -29,7 +29,7 @@ __all__ = ["ServingNetwork", "fold"]
 @torch.inference_mode(False)  # for weights that can be loaded into, whatever mode this is called in
 @torch.no_grad()
 def fold(network: Network, context: Sequence[int] = ()) -> ServingNetwork:
-    """The network for inference, on the CPU or wherever it is moved to; `network` is left as it is.
+    """The network for inference, on the device of `network`, which is left as it is; it may be moved to another.
 
     Args:
         network: a trained network; norms that anneal are folded as they are now.
@@ -38,7 +38,8 @@ def fold(network: Network, context: Sequence[int] = ()) -> ServingNetwork:
     Raises:
         ValueError: a place is not in F, is named twice, or no field is left for the candidates.
     """
-    network = copy.deepcopy(network).eval()
+    device = next(network.parameters()).device
+    network = copy.deepcopy(network).cpu().eval()  # a rewrite is hundreds of small steps with a look at the outcome
     num_fields, dim = network.embedding_norm.shape
     fields = _split(context, num_fields)
     columns = torch.arange(num_fields * dim).view(num_fields, dim)[[*fields[0], *fields[1]]].flatten()
@@ -49,7 +50,8 @@ def fold(network: Network, context: Sequence[int] = ()) -> ServingNetwork:
     else:
         body = _serial(build, network, owed)
     build.note_first_layers()
-    return ServingNetwork(build.first_layers(), *norms, body, fields, build.notes).eval().requires_grad_(False)
+    folded = ServingNetwork(build.first_layers(), *norms, body, fields, build.notes)
+    return folded.eval().requires_grad_(False).to(device)
 
 
 def _split(context: Sequence[int], num_fields: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -22,7 +22,22 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @dtypes
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "seednorm"])
 def test_embedding_norm_mask(kind: str, dtype: torch.dtype, B: int) -> None:
-    embedding.compare(kind, embedding.make_inputs((B, F, d), kind, precision=(dtype, dtype, torch.float32)))
+    inputs = embedding.make_inputs((B, F, d), kind, precision=(dtype, dtype, torch.float32))
+    if kind == "l1":
+        keep_off_the_kink(inputs[0])
+    embedding.compare(kind, inputs)
+
+
+def keep_off_the_kink(x: torch.Tensor | None) -> None:
+    """Replace fields with an entry at their mean, where |x − mean| has two slopes and rounding decides on which.
+
+    Numbers of 16 bits are coarse enough for that to happen among some hundred thousand fields.
+    """
+    assert x is not None
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    near = (centred.abs() < 1e-5).any(-1)
+    x[near] = torch.arange(d, device=x.device).to(x.dtype).square()
+    assert near.float().mean() < 0.05
 
 
 @batches
