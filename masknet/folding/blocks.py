@@ -99,6 +99,12 @@ class FoldedBlock(nn.Module):
             return linear(masked_Nz, activation)
         return norm(linear(masked_Nz), hidden.parts, activation)
 
+    def behind_product(self, z_Nh: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+        """Output [N, h] for z = W (m ⊙ x) + b, which may be written to."""
+        if self.norm.trivial and self.activation in ("none", "relu"):
+            return z_Nh.relu_() if self.activation == "relu" else z_Nh
+        return self.norm(z_Nh, hidden.parts, self.activation)
+
 
 class FoldedResidual(nn.Module):
     """R + scale · norm_out(branch), normed once more where the placement says so.

@@ -1,9 +1,9 @@
-"""All parallel blocks in two launches: `mask_project` and `block_gemm` of masknet.kernels.maskblock_gemm.
+"""All parallel blocks at once, by `mask_project` and `block_gemm` of masknet.kernels.maskblock_gemm or batched GEMMs.
 
 Legend: N candidates, K blocks, t units of a mask, z width of what is masked, h block width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -68,21 +68,40 @@ class GroupedBlocks(nn.Module):
         self._link()
         return self
 
-    def takes(self, x_ND: torch.Tensor, hidden: Hidden) -> bool:
-        """Whether the blocks of this input go to the kernels; autocast, which makes types differ, is torch's."""
+    def takes(self, x_ND: torch.Tensor, hidden: Hidden) -> dispatch.Together | None:
+        """How the blocks of this input are computed together, if they are; autocast, which mixes types, is torch's."""
         if hidden.whole_NT is None or not hidden.whole_NT.dtype == x_ND.dtype == self.linear_weight.dtype:
-            return False
-        return dispatch.takes_gemms(x_ND, self.form.weight[0])
+            return None
+        return dispatch.blocks_together(x_ND, self.form.weight[0])
 
-    def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+    def by_kernels(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Outputs of all blocks [N, K·h] of what is masked and of the first layers, where those are in one tensor."""
-        assert hidden.whole_NT is not None
-        start = sum(part.shape[1] for part in hidden.parts[: self.first_reader])
-        blocks, _, units = self.second_weight.shape
-        hidden_NT = hidden.whole_NT[:, start : start + blocks * units]
+        hidden_NT = self._hidden(hidden)
         masked_NKz = dispatch.mask_project(hidden_NT, self.second_weight, self.second_bias, x_ND)
         weights = (self.linear_weight, self.linear_bias, self.norm_scale, self.norm_shift)
         return dispatch.block_gemm(masked_NKz, *weights, *self.form[:3])
+
+    def batched(self, blocks: Iterable[nn.Module], x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
+        """The same with one GEMM for all masks and one for all W; norms and activations are the blocks' own."""
+        K, _, units = self.second_weight.shape
+        hidden_KNt = torch.unflatten(self._hidden(hidden), 1, (K, units)).transpose(0, 1)
+        masked_KNz = torch.baddbmm(self.second_bias[:, None], hidden_KNt, self.second_weight.mT).mul_(x_ND)
+        if self.linear_bias is None:
+            z_KNh = torch.bmm(masked_KNz, self.linear_weight.mT)
+        else:
+            z_KNh = torch.baddbmm(self.linear_bias[:, None], masked_KNz, self.linear_weight.mT)
+        outs: list[torch.Tensor] = []
+        for block, z_Nh in zip(blocks, z_KNh, strict=True):
+            assert isinstance(block, FoldedBlock)
+            outs.append(block.behind_product(z_Nh, hidden))
+        return torch.cat(outs, 1)
+
+    def _hidden(self, hidden: Hidden) -> torch.Tensor:
+        """What the first layers of the blocks' masks give, [N, K·t]."""
+        assert hidden.whole_NT is not None
+        start = sum(part.shape[1] for part in hidden.parts[: self.first_reader])
+        blocks, _, units = self.second_weight.shape
+        return hidden.whole_NT[:, start : start + blocks * units]
 
 
 def grouped(blocks: Sequence[FoldedBlock]) -> GroupedBlocks | None:

@@ -31,10 +31,13 @@ class ParallelBody(nn.Module):
 
     def forward(self, x_ND: torch.Tensor, hidden: Hidden) -> torch.Tensor:
         """Logits [N]."""
-        if self.grouped is not None and self.grouped.takes(x_ND, hidden):
-            out = self.grouped(x_ND, hidden)
-        else:
+        together = None if self.grouped is None else self.grouped.takes(x_ND, hidden)
+        if self.grouped is None or together is None:
             out = torch.cat([block(x_ND, hidden) for block in self.blocks], dim=1)
+        elif together == "kernels":
+            out = self.grouped.by_kernels(x_ND, hidden)
+        else:
+            out = self.grouped.batched(self.blocks, x_ND, hidden)
         *layers, logit = self.head
         for layer in layers:
             out = layer(out, "relu") if self.activation == "relu" else activated(layer(out), self.activation)

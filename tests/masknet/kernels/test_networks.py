@@ -15,6 +15,7 @@ import torch
 
 from masknet.config import MaskNetConfig
 from masknet.folding import fold
+from masknet.folding.network import ParallelBody
 from masknet.kernels import dispatch
 from masknet.kernels.limits import WIDEST_HIDDEN
 from masknet.kernels.modes import KernelsError, Mode
@@ -317,10 +318,34 @@ def test_products_go_to_the_kernels_where_they_were_measured_to_be_faster(monkey
     # as on a GPU of compute capability 9.0, of which the benchmark has said so for 2 to 5 candidates
     monkeypatch.setattr(dispatch, "_reason_for_eager", lambda *_: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setitem(dispatch.MEASURED_GEMMS, ((9, 0), torch.float32), (2, 5))
+    monkeypatch.setattr(dispatch, "MEASURED_GEMMS", {((9, 0), torch.float32): (2, 5)})
     with dispatch.kernels("auto"):
         assert [rows for rows in range(8) if dispatch.takes_gemms(torch.zeros(rows, 4), 512)] == [2, 3, 4, 5]
         assert not dispatch.takes_gemms(torch.zeros(3, 4), 513)
         assert not dispatch.takes_gemms(torch.zeros(3, 4, dtype=torch.bfloat16), 512)
     with dispatch.kernels("fused"):
         assert dispatch.takes_gemms(torch.zeros(7, 4), 512)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "none", "batch"])
+def test_blocks_in_batched_products_give_what_they_give_one_by_one(norm: str) -> None:
+    torch.manual_seed(0)
+    config = MaskNetConfig(embedding_dim=4, blocks=3, block_width=16, head=(8,), hidden_norm=norm)
+    network = build_network(config, 5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    folded = fold(network.eval().double(), (0, 1))
+    body = folded.body
+    assert isinstance(body, ParallelBody)
+    assert body.grouped is not None
+    context, candidates = torch.randn(1, 8).double(), torch.randn(7, 12).double()
+    hidden = folded.first(context, candidates)
+    x_ND = torch.randn(7, 20).double()
+    one_by_one = torch.cat([block(x_ND, hidden) for block in body.blocks], 1)
+    torch.testing.assert_close(body.grouped.batched(body.blocks, x_ND, hidden), one_by_one, rtol=1e-12, atol=1e-12)
+    # as on a GPU: the whole network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "blocks_together", lambda *_: "batched")
+        batched = folded(context, candidates)
+    torch.testing.assert_close(batched, folded(context, candidates), rtol=1e-12, atol=1e-12)
