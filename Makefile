@@ -7,7 +7,7 @@ LOCK   := requirements/cpu.txt
 COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
           --custom-compile-command "make lock"
 
-.PHONY: help demo test test-long check serve lock clean setup browser
+.PHONY: help demo test test-long check audit serve lock clean setup browser redis
 
 help:
 	@echo "make demo       set up, then the whole way on MovieLens-100k: prepare, train, evaluate, promote, serve"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       set up, then run the tests, those marked long left out"
 	@echo "make test-long  set up, then run the tests marked long, under 45 minutes"
 	@echo "make check      set up, then formatting, lint and types"
+	@echo "make audit      set up, then look the locked versions up among known vulnerabilities"
 	@echo "make lock       rewrite requirements/*.txt from pyproject.toml"
 	@echo "make clean      remove what the targets above made, .venv and runs included"
 
@@ -27,7 +28,7 @@ serve: setup
 test: setup
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: setup browser
+test-long: setup browser redis
 	$(BIN)/python -m pytest -m long
 
 check: setup
@@ -53,10 +54,24 @@ browser:
 	  && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
 	  || echo "chromium is missing and cannot be installed here: tests of reports in a browser are skipped" >&2
 
+# The feature store is tested against a real Redis; without one those tests are skipped, and say why.
+redis:
+	@command -v redis-server >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	  && apt-get install -qq -y --no-install-recommends redis-server >/dev/null; } \
+	  || echo "redis-server is missing and cannot be installed here: tests of the feature store with it are skipped" >&2
+
+# Strict: a version that could not be looked up does not count as one without vulnerabilities.
+audit: setup
+	@for lock in requirements/cpu.txt requirements/gpu.txt; do \
+	  $(BIN)/pip-audit --strict --disable-pip --require-hashes --progress-spinner off -r $$lock \
+	  || { echo "$$lock: a version is vulnerable, or could not be looked up: pip-audit needs PyPI's JSON API" >&2; exit 1; }; \
+	done
+
 lock:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv
 	$(COMPILE) --extra cpu --extra ray --extra redis --extra dev --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/cpu.txt
+	$(COMPILE) --extra cpu --extra redis --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/serve.txt
 	$(COMPILE) --extra gpu --extra ray --extra redis --extra dev --output-file requirements/gpu.txt
 	echo "recbole==1.2.1" | $(COMPILE:pyproject.toml=-) --no-deps --output-file requirements/data.txt
 

@@ -59,12 +59,19 @@ def with_missing(ids: IdsN, values: pa.Array) -> IdsN:
     return ids
 
 
+def filled(ids: IdsN, lengths: LengthsN) -> tuple[IdsN, LengthsN]:
+    """Lists of ids and their lengths [N], where the missing id stands for an empty list."""
+    empty_N = lengths == 0
+    if not empty_N.any():
+        return ids, lengths
+    starts = np.cumsum(lengths) - lengths
+    return np.insert(ids, starts[empty_N], MISSING), np.where(empty_N, 1, lengths)
+
+
 def as_column(ids: IdsN, lengths: LengthsN | None, dtype: type[np.integer] = np.int32) -> pa.Array:
     """Ids [N] as `dtype`, or lists of them [N], where missing and empty lists are the missing id alone."""
     if lengths is None:
         return pa.array(ids.astype(dtype, copy=False))
-    empty_N = lengths == 0
-    starts = np.cumsum(lengths) - lengths
-    filled = np.insert(ids.astype(dtype), starts[empty_N], MISSING)
-    offsets = np.concatenate([[0], np.cumsum(np.where(empty_N, 1, lengths))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(filled))
+    items, length_N = filled(ids.astype(dtype, copy=False), lengths)
+    offsets = np.concatenate([[0], np.cumsum(length_N)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(items))

@@ -48,8 +48,27 @@ def check_chunk(raw: RawChunk, schema: Schema) -> tuple[pa.Table, list[BadRow]]:
         raise InputError(f"input {raw.path}: {error}") from None
 
 
-def _checked(raw: RawChunk, schema: Schema) -> tuple[pa.Table, list[BadRow]]:
-    checker, table = _Checker(raw), raw.table
+def check_fields(raw: RawChunk, schema: Schema) -> tuple[dict[str, pa.Array], BoolN, list[BadRow]]:
+    """Canonical columns of a chunk's good rows by the fields' names, which rows are good [N], and the bad ones.
+
+    No label is needed; training-only fields hold their defaults, whatever the rows say.
+
+    Raises:
+        InputError: a column is missing, or can never hold what the schema says.
+    """
+    checker = _Checker(raw)
+    served = raw.table.drop_columns([name for name in schema.training_only if name in raw.table.column_names])
+    try:
+        columns = _fields(served, schema, checker)
+    except InputError as error:
+        raise InputError(f"input {raw.path}: {error}") from None
+    if not checker.good_N.all():
+        good = pa.array(checker.good_N)
+        columns = {name: values.filter(good) for name, values in columns.items()}
+    return columns, checker.good_N, checker.bad_rows
+
+
+def _fields(table: pa.Table, schema: Schema, checker: _Checker) -> dict[str, pa.Array]:
     columns: dict[str, pa.Array] = {}
     for field in schema.fields:
         if isinstance(field, CrossField):
@@ -58,6 +77,12 @@ def _checked(raw: RawChunk, schema: Schema) -> tuple[pa.Table, list[BadRow]]:
         columns[field.name] = found.values
         if found.bad_N is not None:
             checker.reject(found.bad_N, field.from_ if isinstance(field, DateField) else field.name, found.rule)
+    return columns
+
+
+def _checked(raw: RawChunk, schema: Schema) -> tuple[pa.Table, list[BadRow]]:
+    checker, table = _Checker(raw), raw.table
+    columns = _fields(table, schema, checker)
     columns[LABEL] = _labels(table, schema, checker)
     columns[WEIGHT] = _weights(table, schema, checker)
     columns[TIME] = _times(table, schema, checker)

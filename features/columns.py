@@ -239,15 +239,35 @@ def _starts(length_N: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _regroup(items: pa.Array, starts: npt.NDArray[np.int64], field: ListField) -> pa.Array:
     """Lists of the non-null items, the first or last `max_length` of each; null where none is left."""
-    row_I = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    if items.null_count:
-        good_I = items.is_valid().to_numpy(zero_copy_only=False)
-        items, row_I = items.filter(pa.array(good_I)), row_I[good_I]
-    length_N = np.bincount(row_I, minlength=len(starts) - 1)
-    if len(length_N) and length_N.max() > field.max_length:
-        place_I = np.arange(len(row_I)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-        from_end_I = np.repeat(length_N, length_N) - 1 - place_I
-        kept_I = (place_I if field.keep == "first" else from_end_I) < field.max_length
-        items, length_N = items.filter(pa.array(kept_I)), np.minimum(length_N, field.max_length)
+    good_I = items.is_valid().to_numpy(zero_copy_only=False) if items.null_count else None
+    kept_I, length_N = kept_items(good_I, np.diff(starts), field)
+    if kept_I is not None:
+        items = items.filter(pa.array(kept_I))
     offsets = pa.array(_starts(length_N), pa.int32())
     return pa.ListArray.from_arrays(offsets, items, mask=pa.array(length_N == 0))
+
+
+def kept_items(
+    good_I: BoolN | None, length_N: npt.NDArray[np.int64], field: ListField
+) -> tuple[BoolN | None, npt.NDArray[np.int64]]:
+    """Which items of lists a field keeps (None: all), the first or last `max_length` good ones, and how many a list.
+
+    Args:
+        good_I: which items there are at all (None: all).
+        length_N: how many items each list has.
+        field: the field.
+    """
+    if good_I is not None:
+        row_I = np.repeat(np.arange(len(length_N)), length_N)[good_I]
+        length_N = np.bincount(row_I, minlength=len(length_N))
+    if not len(length_N) or length_N.max() <= field.max_length:
+        return good_I, length_N
+    ends_N = np.cumsum(length_N)
+    place_I = np.arange(ends_N[-1]) - np.repeat(ends_N - length_N, length_N)
+    from_end_I = np.repeat(length_N, length_N) - 1 - place_I
+    kept_I = (place_I if field.keep == "first" else from_end_I) < field.max_length
+    if good_I is not None:
+        both_I = good_I.copy()
+        both_I[good_I] = kept_I
+        kept_I = both_I
+    return kept_I, np.minimum(length_N, field.max_length)

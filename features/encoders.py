@@ -20,6 +20,7 @@ MISSING, UNKNOWN, FIRST = 0, 1, 2
 
 Ids = npt.NDArray[np.int64]
 FloatN = npt.NDArray[np.float64]
+BoolN = npt.NDArray[np.bool_]
 
 
 class Encoder(Protocol):
@@ -122,7 +123,10 @@ class Identity(_Buckets):
 
     def encode(self, text: pa.Array) -> Ids:
         """Ids of whole numbers as text."""
-        numbers = pc.fill_null(text.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        return self.of(whole_numbers(text))
+
+    def of(self, numbers: Ids) -> Ids:
+        """Ids of whole numbers, −1 where missing."""
         ids = np.where(numbers < self.buckets, numbers + FIRST, UNKNOWN)
         return np.where(numbers < 0, MISSING, ids)
 
@@ -141,7 +145,10 @@ class Quantile:
 
     def encode(self, values: pa.Array) -> Ids:
         """Ids of doubles."""
-        numbers, missing_N = _doubles(values)
+        return self.of(*_doubles(values))
+
+    def of(self, numbers: FloatN, missing_N: BoolN) -> Ids:
+        """The same of finite numbers, any where missing."""
         return np.where(missing_N, MISSING, FIRST + np.searchsorted(self.boundaries, numbers, side="right"))
 
     def state(self) -> dict[str, Any]:
@@ -160,7 +167,10 @@ class LogBucket(_Buckets):
 
     def encode(self, values: pa.Array) -> Ids:
         """Ids of doubles."""
-        numbers, missing_N = _doubles(values)
+        return self.of(*_doubles(values))
+
+    def of(self, numbers: FloatN, missing_N: BoolN) -> Ids:
+        """The same of finite numbers, any where missing."""
         small = np.maximum(np.floor(np.minimum(numbers, 2.0)), self._LOWEST) - self._LOWEST
         large = self._SMALL + np.floor(np.log(np.maximum(numbers, 2.0)) ** 2)
         bucket = np.minimum(np.where(numbers > 2, large, small), self.buckets - 1).astype(np.int64)
@@ -202,6 +212,10 @@ class Scale:
     def encode(self, values: pa.Array) -> pa.Array:
         """Values as float32, null where missing."""
         numbers, missing_N = _doubles(values)
+        return pa.array(self.of(numbers), mask=missing_N)
+
+    def of(self, numbers: FloatN) -> npt.NDArray[np.float32]:
+        """Values of finite numbers."""
         if self.rule == "log1p":
             numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
         with np.errstate(over="ignore"):
@@ -209,13 +223,20 @@ class Scale:
         if self.rule == "minmax":
             scaled = np.clip(scaled, 0.0, 1.0)
         limit = float(np.finfo(np.float32).max)
-        return pa.array(np.clip(scaled, -limit, limit).astype(np.float32), mask=missing_N)
+        found: npt.NDArray[np.float32] = np.clip(scaled, -limit, limit).astype(np.float32)
+        return found
 
     def state(self) -> dict[str, Any]:
         return {"rule": self.rule, "shift": self.shift, "scale": self.scale}
 
 
-def _doubles(values: pa.Array) -> tuple[FloatN, npt.NDArray[np.bool_]]:
+def whole_numbers(text: pa.Array) -> Ids:
+    """Whole numbers of decimal digits, −1 for null."""
+    numbers: Ids = pc.fill_null(text.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _doubles(values: pa.Array) -> tuple[FloatN, BoolN]:
     return pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False), values.is_null().to_numpy(zero_copy_only=False)
 
 

@@ -1,4 +1,4 @@
-"""Where the passes of `prepare` run: threads of this process, or a Ray cluster."""
+"""Where units of work run: threads of this process, or a Ray cluster."""
 
 import os
 import queue
@@ -45,6 +45,8 @@ class LocalEngine:
                         break
                     for result in function(unit):
                         put(result)
+                        if stop.is_set():
+                            break
                 put(_Ended(None))
             except BaseException as error:
                 put(_Ended(error))

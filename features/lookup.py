@@ -29,6 +29,8 @@ class Lookup:
         """Ids of hashed values, for each pair of a vocabulary's number and hashes; none of the values is missing."""
         if not asked:
             return []
-        salted = [hash_N ^ self._salts[number] for number, hash_N in asked]
-        id_N = self._index.find(np.concatenate(salted))
-        return np.split(id_N, np.cumsum([len(hash_N) for hash_N in salted])[:-1])
+        counts = [len(hash_N) for _, hash_N in asked]
+        salt_N = np.repeat(self._salts[[number for number, _ in asked]], counts)
+        id_N = self._index.find(np.concatenate([hash_N for _, hash_N in asked]) ^ salt_N)
+        ends = np.cumsum(counts).tolist()
+        return [id_N[end - count : end] for end, count in zip(ends, counts, strict=True)]

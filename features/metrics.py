@@ -206,7 +206,7 @@ def binned_auc(
     return roc_area(Counts(positives, negatives)).value
 
 
-def psi(expected_K: npt.NDArray[np.integer], found_K: npt.NDArray[np.integer]) -> float:
+def psi(expected_K: npt.NDArray[np.integer], found_K: npt.NDArray[np.integer] | FloatN) -> float:
     """Population stability index Σ (q − p) · ln(q / p) of two counts over the same bins, smoothed by half a row."""
     p_K = (expected_K + 0.5) / (expected_K + 0.5).sum()
     q_K = (found_K + 0.5) / (found_K + 0.5).sum()

@@ -13,7 +13,7 @@ import pyarrow as pa
 from features import pipeline_files
 from features.arrays import as_column, flat_values, texts_at_once, with_missing
 from features.columns import Canonical, Rows, as_table, canonical, column_of, with_default
-from features.crosses import cross_ids
+from features.crosses import Part, cross_ids
 from features.encoders import AnyEncoder, Cross, Hash, Identity, Managed, Scale, Vocabulary
 from features.errors import InputError
 from features.fields import CategoricalField, CrossField, DateField, FieldSpec, ListField
@@ -134,7 +134,7 @@ class FeaturePipeline:
         """
         flat = {field.name: flat_values(columns[field.name]) for field in self.inputs}
         hashes = self._hashes({name: values for name, (values, _) in flat.items()}, hashes or {})
-        found = self._text_ids(hashes)
+        found = self.text_ids(hashes)
         encoded: dict[str, pa.Array] = {}
         ids: dict[str, npt.NDArray[np.integer]] = {}
         for field in self.inputs:
@@ -151,7 +151,10 @@ class FeaturePipeline:
         for field in self.fields:
             if isinstance(field.spec, CrossField):
                 assert isinstance(field.encoder, (Cross, Managed))
-                parts = [(name, hashes.get(name), ids.get(name), *flat[name]) for name in field.spec.of]
+                parts = [
+                    _part(hashes[name], *flat[name]) if name in hashes else Part.of_ids(ids[name])
+                    for name in field.spec.of
+                ]
                 encoded[field.name] = as_column(*cross_ids(field.encoder, parts), _width(field))
         return pa.table({name: encoded[name] for name in self.names})
 
@@ -187,17 +190,18 @@ class FeaturePipeline:
         together = hash_text(pa.concat_arrays([flat[name] for name in names]))
         return known | dict(zip(names, np.split(together, ends[:-1]), strict=True))
 
-    def _text_ids(self, hashes: dict[str, HashN]) -> dict[str, npt.NDArray[np.integer]]:
+    def text_ids(self, hashes: Mapping[str, HashN]) -> dict[str, npt.NDArray[np.integer]]:
+        """Ids of hashed text by field, none of which is missing; of fields with encoders that see hashes."""
         asked = [name for name in hashes if name in self._vocabulary_number]
         found = self._lookup.find([(self._vocabulary_number[name], hashes[name]) for name in asked])
         ids: dict[str, npt.NDArray[np.integer]] = dict(zip(asked, found, strict=True))
         for field in self.inputs:
-            if isinstance(field.encoder, (Hash, Managed)):
+            if field.name in hashes and isinstance(field.encoder, (Hash, Managed)):
                 ids[field.name] = field.encoder.encode(hashes[field.name])
         return ids
 
     @cached_property
-    def _served_defaults(self) -> dict[str, pa.Array]:
+    def served_defaults(self) -> dict[str, pa.Array]:
         """The encoded default of each training-only field, one row each."""
         defaults = {f.name: d.default for f in self.fields if (d := getattr(f.spec, "training_only", None)) is not None}
         if not defaults:
@@ -208,7 +212,7 @@ class FeaturePipeline:
 
     def as_served(self, encoded: pa.Table) -> pa.Table:
         """Encoded rows as serving sees them: training-only fields hold their defaults."""
-        for name, one in self._served_defaults.items():
+        for name, one in self.served_defaults.items():
             repeated = one.take(pa.array(np.zeros(encoded.num_rows, np.int64)))
             encoded = encoded.set_column(encoded.column_names.index(name), name, repeated)
         return encoded
@@ -252,6 +256,10 @@ def _fitted(spec: FieldSpec, encoders: dict[str, AnyEncoder], by_name: dict[str,
     pooled = next((part for part in lists[::-1] if isinstance(part, ListField)), None)
     is_list = any(isinstance(part, ListField) for part in lists[:-1])
     return FittedField(spec, encoders[owner], owner, pooled.pooling if pooled else "sum", is_list)
+
+
+def _part(hash_M: HashN, values: pa.Array, lengths_N: LengthsN | None) -> Part:
+    return Part(hash_M, values.is_null().to_numpy(zero_copy_only=False), lengths_N)
 
 
 def _width(field: FittedField) -> type[np.integer]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from features.chunks import BadRow
 from features.dataset import FORMAT, SPLITS
+from features.drift import LEVELS
 from features.encoders import Scale
 from features.engines import Engine, LocalEngine
 from features.errors import InputError
@@ -30,7 +31,6 @@ from features.stages import Divided, Job, Scanned, count, encode, pipeline_of, s
 from features.stats import Edges, Stats
 from features.units import plan_units
 
-EDGES = np.arange(1, 20) / 20  # of the bins in which value fields are profiled
 Progress = Callable[[str, int, int], None]
 
 
@@ -89,7 +89,7 @@ def prepare(
         pipeline.save(folder / "pipeline")
         stats = work.encode(divided, pipeline, folder, edges)
         _require_rows(stats, set(SPLITS) if split else set(sources))
-        _write_quarantine(divided, folder / "quarantine")
+        write_quarantine(job, divided.first_line, folder / "quarantine")
         shutil.rmtree(job.work)
         described = {**profile(pipeline, stats, edges), **(facts or {})}
         write_json(folder / "profile.json", described)
@@ -139,7 +139,9 @@ class _Work:
             found[part.unit] = part
             self._progress("reading", len(found), total)
         scanned = [found[unit] for unit in range(total)]
-        _require_few_bad(scanned, first_lines(self._job, scanned), max_bad_rows)
+        if not sum(part.rows + part.bad for part in scanned):
+            raise InputError("the input has no rows")
+        require_few_bad(scanned, first_lines(self._job, scanned), max_bad_rows)
         return scanned
 
     def divide(self, scanned: list[Scanned], of_source: tuple[int, ...], split: SplitRule | None) -> Divided:
@@ -196,11 +198,9 @@ def first_lines(job: Job, scanned: list[Scanned]) -> tuple[int, ...]:
     return tuple(before)
 
 
-def _require_few_bad(scanned: list[Scanned], lines: tuple[int, ...], max_bad_rows: float) -> None:
-    """InputError without any row, or with too many bad ones; names the three most frequent reasons."""
+def require_few_bad(scanned: list[Scanned], lines: tuple[int, ...], max_bad_rows: float) -> None:
+    """InputError with too many bad rows; names the three most frequent reasons. `lines` are `first_lines`."""
     bad, good = sum(part.bad for part in scanned), sum(part.rows for part in scanned)
-    if bad + good == 0:
-        raise InputError("the input has no rows")
     if bad <= max_bad_rows * (bad + good):
         return
     reasons: Counter[tuple[str, str]] = Counter()
@@ -228,16 +228,17 @@ def _edges(pipeline: FeaturePipeline, counts: Counts) -> Edges:
     edges: dict[str, npt.NDArray[np.float64]] = {}
     for field in pipeline.fields:
         if isinstance(field.encoder, Scale):
-            encoded = field.encoder.encode(pa.array(counts.quantiles(field.name, EDGES), pa.float64()))
+            encoded = field.encoder.encode(pa.array(counts.quantiles(field.name, LEVELS), pa.float64()))
             edges[field.name] = np.unique(encoded.to_numpy().astype(np.float64))
     return edges
 
 
-def _write_quarantine(divided: Divided, folder: Path) -> None:
-    """The units' bad rows, with their lines in the files; one part for each unit that has any."""
+def write_quarantine(job: Job, lines: tuple[int, ...], folder: Path) -> None:
+    """The units' bad rows, with their lines in the files; one part for each unit that has any. `lines` are
+    `first_lines`."""
     folder.mkdir()
-    for unit, before in enumerate(divided.first_line):
-        bad = pq.read_table(divided.job.bad_file(unit))
+    for unit, before in enumerate(lines):
+        bad = pq.read_table(job.bad_file(unit))
         if bad.num_rows or unit == 0:  # an empty table says that there are none
             line_N = bad["line"].to_numpy() + before
             bad = bad.set_column(bad.column_names.index("line"), "line", pa.array(line_N, pa.int64()))

@@ -6,19 +6,18 @@ import numpy as np
 import numpy.typing as npt
 
 from features.dataset import SPLITS
+from features.drift import DRIFT, stability_index
 from features.encoders import FIRST, MISSING, UNKNOWN, DatePart, Hash, Identity, Managed, Scale, Vocabulary
 from features.fields import CrossField, NumericField
-from features.metrics import binned_auc, psi
+from features.metrics import binned_auc
 from features.pipeline import FeaturePipeline, FittedField
 from features.stats import BINS, FieldStats, Stats
 
 TOP = 10
 _LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
-DRIFT = 0.2  # PSI of train and test above which a field has drifted, by common usage
 LEAK = 0.98
 ID_LIKE = 0.9  # distinct values per row
 REPEATED = 0.01
-_PSI_BINS = 20
 _OUTSIDE = 0.001  # share of an identity field's values that are beyond its buckets
 
 
@@ -32,7 +31,7 @@ def profile(pipeline: FeaturePipeline, stats: Stats, edges: dict[str, npt.NDArra
             "type": field.spec.type,
             "encoder": field.encoder.kind if not isinstance(field.encoder, Scale) else field.encoder.rule,
             "ids": None if isinstance(field.encoder, Scale) else field.encoder.num_ids,
-            "psi": drift(found.count_LSK[:, 0].sum(0), found.count_LSK[:, 2].sum(0)),
+            "psi": stability_index(found.count_LSK[:, 0].sum(0), found.count_LSK[:, 2].sum(0)),
             "auc": _auc_alone(found),
             **{name: _field(field, found, SPLITS.index(name)) for name in splits},
         }
@@ -90,18 +89,6 @@ def _top(field: FittedField, stats: FieldStats, number: int, count_K: npt.NDArra
     first = 1 if isinstance(encoder, DatePart) and encoder.part in ("day", "month") else 0
     names = (lambda i: encoder.values[i].as_py()) if isinstance(encoder, Vocabulary) else (lambda i: str(i + first))
     return [[names(int(place) - FIRST), int(known_K[place])] for place in best if known_K[place]]
-
-
-def drift(train_K: npt.NDArray[np.int64], test_K: npt.NDArray[np.int64]) -> float | None:
-    """PSI from train to test over the most frequent values in train, missing, never seen, and all others.
-
-    Of counts by the bins of `features.stats`; None where either has no rows.
-    """
-    if not train_K.sum() or not test_K.sum():
-        return None
-    order = np.argsort(-train_K[FIRST:], kind="stable") + FIRST
-    groups = [np.array([MISSING]), np.array([UNKNOWN]), *order[:_PSI_BINS, None], order[_PSI_BINS:]]
-    return psi(np.array([train_K[g].sum() for g in groups]), np.array([test_K[g].sum() for g in groups]))
 
 
 def _auc_alone(stats: FieldStats) -> float | None:

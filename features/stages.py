@@ -85,7 +85,7 @@ def scan(job: Job, unit: int) -> Scanned:
     """Check a unit's rows and put the good ones down in canonical form."""
     part = job.units[unit]
     rows, lines = 0, 0
-    bad = _Quarantine()
+    bad = Quarantine()
     keys: list[npt.NDArray[np.int64]] = []
     with file_written_whole(job.rows_file(unit)) as aside, bad.written(job.bad_file(unit)):
         writer: ipc.RecordBatchStreamWriter | None = None
@@ -108,7 +108,7 @@ def scan(job: Job, unit: int) -> Scanned:
     return Scanned(unit, rows, lines, bad.reasons.total(), bad.reasons, bad.examples)
 
 
-class _Quarantine:
+class Quarantine:
     """Writes a unit's bad rows as they come, and counts their reasons."""
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """YAML files into validated, frozen objects, with errors a person can act on."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,29 @@ def load_yaml(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{what} {path} must be a mapping of keys, not {type(data).__name__}")
     return data
+
+
+def override(data: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply overrides `key.path=value`, whose values are YAML; InputError names one that is not of this form."""
+    for text in overrides:
+        key, equals, given = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {text!r} is not of the form section.key=value")
+        try:
+            value = yaml.safe_load(given)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text!r}: the value is not YAML") from None
+        set_key(data, key, value, f"--set {text!r}")
+
+
+def set_key(data: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set a key like model.blocks in nested sections, made where they are missing; errors begin with `source`."""
+    *sections, key = path.split(".")
+    for name in sections:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise InputError(f"{source}: {name} is a value, not a section")
+    data[key] = value
 
 
 def validate(model: type[Model], data: Any, source: str) -> Model:

@@ -9,7 +9,9 @@ members/00/         network.safetensors, and embeddings/ with one file per table
                     an ensemble has members/01/ and so on besides
 id_maps/            where fields are managed: the ids that have rows, one file per such table, numbered as the tables
 calibration.json    the curve from the members' mean score to the one that is served
+backends.json       which fast backends it may be served by, and backends/ with what they need; may be absent
 golden.json         synthetic rows with the scores they must get
+reference.json      counts of the training rows and of validation scores, which drift is told from; may be absent
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +32,19 @@ from features.validation import validate
 from masknet.config import MaskNetConfig
 from masknet.model import Table
 from masknet.values import ValueField
+from serving.backends.record import Backends
 from serving.calibration import CALIBRATION_FILE, Calibration
 from serving.golden import GOLDEN_FILE, check_golden, make_golden
 from serving.id_map_files import load_id_maps, save_id_maps
 from serving.manifest import MANIFEST, seal, verified_manifest
 from serving.members import Member, load_members, save_members
+from serving.monitoring.reference import REFERENCE_FILE, Reference
 from serving.scorer import Scorer
 
 Evaluate = Callable[[Scorer], Any]
 Calibrate = Callable[[Scorer], Calibration]
+Check = Callable[[Scorer], Backends | None]
+Refer = Callable[[Scorer], Reference]
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Bundle:
     manifest: dict[str, Any]
     schema: Schema
     scorer: Scorer
+    backends: Backends | None = None  # which fast ones have passed; None of a bundle whose training checked none
 
     @property
     def name(self) -> str:
@@ -105,6 +112,8 @@ def write_bundle(
     evaluate: Evaluate,
     id_maps: Mapping[str, IdMap] = MappingProxyType({}),
     calibrate: Calibrate | None = None,
+    reference: Refer | None = None,
+    check: Check | None = None,
 ) -> Bundle:
     """Write a bundle that appears only when it is whole, and open it.
 
@@ -120,6 +129,8 @@ def write_bundle(
         evaluate: called with the bundle's scorer; returns the metrics to record, by split.
         id_maps: of every managed table, by the tables' names.
         calibrate: called with the scorer before that, not calibrated yet; returns its last step.
+        reference: called with the calibrated scorer; returns what drift is to be told from.
+        check: called with the calibrated scorer; returns which fast backends may serve it, None for no word of them.
     """
     with folder_written_whole(out) as folder:
         (folder / "schema.yaml").write_text(yaml.safe_dump(schema.plain(), sort_keys=False))
@@ -132,6 +143,11 @@ def write_bundle(
             scorer.calibration.require_fits(sampling_rate, str(out))
         write_json(folder / CALIBRATION_FILE, scorer.calibration.plain())
         write_json(folder / GOLDEN_FILE, make_golden(scorer))
+        if reference is not None:
+            write_json(folder / REFERENCE_FILE, reference(scorer).model_dump(mode="json"))
+        backends = None if check is None else check(scorer)
+        if backends is not None:
+            backends.save(folder)
         facts = {
             "name": name,
             "model": config.model_dump(mode="json"),
@@ -143,7 +159,7 @@ def write_bundle(
             "metrics": evaluate(scorer),
         }
         manifest = seal(folder, facts)
-    return Bundle(out, manifest, schema, scorer)
+    return Bundle(out, manifest, schema, scorer, backends)
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -165,7 +181,7 @@ def load_bundle(path: Path) -> Bundle:
         data = read_json(path / CALIBRATION_FILE, "bundle")
         scorer = scorer.with_calibration(Calibration.from_plain(data, rate, str(path)))
     check_golden(scorer, read_json(path / GOLDEN_FILE, "bundle"), str(path))
-    return Bundle(path, manifest, schema, scorer)
+    return Bundle(path, manifest, schema, scorer, Backends.load(path, len(manifest["members"])))
 
 
 def _load_scorer(path: Path, count: int, config: MaskNetConfig, pipeline: FeaturePipeline, rate: float) -> Scorer:

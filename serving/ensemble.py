@@ -7,7 +7,7 @@ import numpy as np
 
 from features.errors import InputError
 from features.id_maps import IdMap
-from serving.bundle import Bundle, Calibrate, Evaluate, write_bundle
+from serving.bundle import Bundle, Calibrate, Check, Evaluate, Refer, write_bundle
 from serving.members import Member
 
 
@@ -19,6 +19,8 @@ def write_ensemble(
     run_id: str | None,
     evaluate: Evaluate,
     calibrate: Calibrate | None = None,
+    reference: Refer | None = None,
+    check: Check | None = None,
 ) -> Bundle:
     """Write the bundle whose members are those of all the given ones, and open it.
 
@@ -30,6 +32,8 @@ def write_ensemble(
         run_id: the MLflow run that registers it, or None.
         evaluate: called with the ensemble's scorer; returns the metrics to record, by split.
         calibrate: called with the scorer before that, not calibrated yet; returns its last step.
+        reference: called with the calibrated scorer; returns what drift is to be told from.
+        check: called with the calibrated scorer; returns which fast backends may serve it.
 
     Raises:
         InputError: there are none, or two cannot be members of one bundle; names them and what differs.
@@ -56,6 +60,8 @@ def write_ensemble(
         evaluate=evaluate,
         id_maps=first.scorer.id_maps,
         calibrate=calibrate,
+        reference=reference,
+        check=check,
     )
 
 

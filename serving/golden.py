@@ -16,7 +16,7 @@ from features.encoders import Identity, LogBucket, Quantile, Scale, Vocabulary
 from features.errors import InputError
 from features.fields import DateField, ListField, NumericField
 from features.pipeline import FittedField
-from serving.api.times import from_seconds
+from features.times import from_seconds
 from serving.calibration import ScoreN
 from serving.scorer import Scorer
 
@@ -44,21 +44,27 @@ def make_golden(scorer: Scorer, seed: int = 0) -> dict[str, Any]:
         elif date.from_ not in columns:
             columns[date.from_] = [None, *random.uniform(_SINCE, _UNTIL, ROWS - 1).round().tolist()]
     golden = {"rows": columns, "ids": {name: _known_ids(scorer, name, random) for name in scorer.pipeline.managed}}
-    score_N = _uncalibrated(scorer, golden)
+    score_N = scorer.uncalibrated(golden_encoded(scorer, golden))
     return {**golden, "uncalibrated": score_N.tolist(), "scores": scorer.calibration.apply(score_N).tolist()}
 
 
 def check_golden(scorer: Scorer, golden: Any, bundle: str) -> None:
     """InputError unless every golden row gets its score to 1e-5."""
-    recorded_N = np.asarray(golden.get("uncalibrated", golden["scores"]), np.float32)  # older bundles do not calibrate
-    _require_near(_uncalibrated(scorer, golden), recorded_N, "scores", bundle)
+    recorded_N = recorded(golden)
+    require_near(scorer.uncalibrated(golden_encoded(scorer, golden)), recorded_N, "scores", bundle)
     score_N = np.asarray(golden["scores"], np.float32)
-    _require_near(scorer.calibration.apply(recorded_N), score_N, "is calibrated", bundle)
+    require_near(scorer.calibration.apply(recorded_N), score_N, "is calibrated", bundle)
 
 
-def _require_near(found_N: ScoreN, recorded_N: ScoreN, what: str, bundle: str) -> None:
+def recorded(golden: Any) -> ScoreN:
+    """The uncalibrated scores on record; older bundles do not calibrate."""
+    return np.asarray(golden.get("uncalibrated", golden["scores"]), np.float32)
+
+
+def require_near(found_N: ScoreN, recorded_N: ScoreN, what: str, bundle: str, tolerance: float = TOLERANCE) -> None:
+    """InputError that names the worst row unless all scores [N] are near those on record."""
     off_N = np.abs(found_N - recorded_N)
-    if not np.all(off_N <= TOLERANCE):
+    if not np.all(off_N <= tolerance):
         worst = int(np.argmax(np.where(np.isnan(off_N), np.inf, off_N)))
         raise InputError(f"bundle {bundle} is refused: golden row {worst} {what} {off_N[worst]:.2e} off its record")
 
@@ -83,17 +89,21 @@ def _known_ids(scorer: Scorer, name: str, random: np.random.Generator) -> list[A
     return [None, None, *(ids if field.is_list else ids[0] for ids in drawn)]
 
 
-def _uncalibrated(scorer: Scorer, golden: Mapping[str, Any]) -> ScoreN:
-    columns = golden["rows"]
+def golden_rows(scorer: Scorer, golden: Mapping[str, Any]) -> Columns:
+    """The raw rows, as the pipeline takes them."""
     fields = {field.name for field in _served(scorer)}
     only_times = {date.from_ for date in _dates(scorer)} - fields
-    rows = {name: _times(values) if name in only_times else values for name, values in columns.items()}
-    encoded = scorer.pipeline.encode(rows)
+    return {name: _times(values) if name in only_times else values for name, values in golden["rows"].items()}
+
+
+def golden_encoded(scorer: Scorer, golden: Mapping[str, Any]) -> pa.Table:
+    """The rows encoded, those of managed fields with the ids on record."""
+    encoded = scorer.pipeline.encode(golden_rows(scorer, golden))
     for name, given in golden.get("ids", {}).items():  # older bundles have none
         own = encoded[name].to_pylist()
         ids = [mine if id_ is None else id_ for mine, id_ in zip(own, given, strict=True)]
         encoded = encoded.set_column(encoded.column_names.index(name), name, pa.array(ids, encoded[name].type))
-    return scorer.uncalibrated(encoded)
+    return encoded
 
 
 def _times(seconds: Iterable[float | None]) -> list[datetime | None]:

@@ -1,14 +1,30 @@
 """MODEL on every command line: a bundle's folder, an MLflow model URI, or a run id."""
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from features.errors import InputError
+from features.errors import InputError, one_line, without_password
 
 BUNDLE_ARTIFACT = "bundle"
 VERSION_TAG = "masknet.model_uri"  # on a run: the registered version that it made
+SCHEMA_TAG = "masknet.schema"  # on a version: "compatible" where clients may be asked for other fields than before
 _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})(?:/.*)?")
+_ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # MLflow's codes of what it does not have
+# Of a request to an MLflow server, where the environment does not say: who asks can wait and try again.
+_LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
+class NotRegistered(InputError):
+    """The registry has no such version. What it says, and where it is, are for who asked, and not for clients."""
+
+
+class RegistryAway(RuntimeError):
+    """MLflow, or what holds its files, does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -20,26 +36,73 @@ class Located:
     version: str | None
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry. What it was made of tells it from one of the same number in a store made anew."""
+
+    name: str
+    version: str
+    source: str  # where its files are
+    created: int  # milliseconds since 1970
+    compatible: bool = False  # tagged so: see SCHEMA_TAG
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def identity(self) -> str:
+        """Twelve hexadecimal digits that no other version has."""
+        made_of = f"{self.name}\n{self.version}\n{self.source}\n{self.created}"
+        return sha256(made_of.encode()).hexdigest()[:12]
+
+
 def locate(model: str) -> Located:
     """Find (and, from a remote store, download) the bundle that `model` names.
 
     Raises:
         InputError: nothing has that name; the message says where it was looked for.
     """
-    path = Path(model)
-    if path.is_dir():
-        return Located(path, model, None)
+    if not is_registered(model):
+        return Located(Path(model), model, None)
+    try:
+        found = find_registered(model)
+        return Located(download(found, None), found.uri, found.version)
+    except RegistryAway as error:
+        raise InputError(f"model {model!r} is not in the registry {registry_uri()}: {error}") from None
+
+
+def is_registered(model: str) -> bool:
+    """Whether MODEL is the registry's and not a folder; InputError where it is neither."""
+    if Path(model).is_dir():
+        return False
     if not model.startswith("models:/") and not _RUN.fullmatch(model):
         raise InputError(f"model {model!r} is neither a folder nor models:/name@alias, models:/name/1 or a run id")
-    return _from_registry(model)
+    return True
 
 
-def _from_registry(model: str) -> Located:
-    import mlflow  # three seconds, which a bundle's folder does not need
-    from mlflow.exceptions import MlflowException
+def is_alias(model: str) -> bool:
+    """Whether a registered MODEL may mean another version tomorrow."""
+    return "@" in model
 
-    registry = mlflow.get_registry_uri()
-    try:
+
+def registry_uri() -> str:
+    """Where MLflow's registry is, without a password."""
+    import mlflow
+
+    return without_password(str(mlflow.get_registry_uri()))
+
+
+def find_registered(model: str) -> Registered:
+    """The version that a model URI or run id means now.
+
+    Raises:
+        InputError: the URI is none; NotRegistered: the registry has none of this name.
+        RegistryAway: it does not answer.
+    """
+    with _answers(model):
+        import mlflow  # three seconds, which a bundle's folder does not need
+
         client = mlflow.MlflowClient()
         run = _RUN.fullmatch(model)
         if run:
@@ -48,13 +111,50 @@ def _from_registry(model: str) -> Located:
                 raise InputError(f"run {run[1]} has registered no model")
             model = uri
         name, version = _name_and_version(model)
-        if not version.isdigit():
-            version = str(client.get_model_version_by_alias(name, version).version)
-        folder = Path(mlflow.artifacts.download_artifacts(client.get_model_version_download_uri(name, version)))
+        by = client.get_model_version if version.isdigit() else client.get_model_version_by_alias
+        found = by(name, version)
+        compatible = found.tags.get(SCHEMA_TAG) == "compatible"
+        return Registered(name, str(found.version), str(found.source), int(found.creation_timestamp), compatible)
+
+
+def download(found: Registered, folder: Path | None) -> Path:
+    """Copy a version's files into a folder, or find them where they are on this machine; the path of its bundle.
+
+    Raises:
+        NotRegistered: the registry does not have it any more.
+        RegistryAway: it, or what holds the files, does not answer.
+    """
+    with _answers(found.uri):
+        import mlflow
+
+        uri = mlflow.MlflowClient().get_model_version_download_uri(found.name, found.version)
+        target = None if folder is None else str(folder)
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=target)) / "artifacts" / BUNDLE_ARTIFACT
+
+
+@contextmanager
+def _answers(model: str) -> Iterator[None]:
+    """MLflow's errors told as what they mean, and its requests ended in time."""
+    import sqlalchemy.exc
+    from mlflow.exceptions import MlflowException
+
+    for name, limit in _LIMITS.items():
+        os.environ.setdefault(name, limit)
+    try:
+        yield
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"model {model!r} is not in the registry {registry}: {reason}") from None
-    return Located(folder / "artifacts" / BUNDLE_ARTIFACT, f"models:/{name}/{version}", version)
+        if error.error_code in _ABSENT:
+            raise NotRegistered(f"model {model!r} is not in the registry {registry_uri()}: {reason}") from None
+        raise RegistryAway(_cause(reason)) from None
+    except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise RegistryAway(_cause(one_line(error))) from None
+
+
+def _cause(reason: str) -> str:
+    """The end of what requests and SQLAlchemy tell at length."""
+    told = reason.partition("(Caused by ")[2].removesuffix(")") or reason
+    return told.partition(" (Background on this error")[0][-200:]
 
 
 def _name_and_version(uri: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from features.id_maps import IdMap, with_rows
 from features.pipeline import FeaturePipeline
 from masknet.folding import fold
 from masknet.model import MaskNet
+from serving.backends.base import Network
 from serving.calibration import UNCALIBRATED, Calibration, ScoreN
 
 CHUNK = 2048  # rows at once: bounds memory, and what a layer leaves fits the cache; of no consequence but for rounding
@@ -43,7 +44,7 @@ class Scorer:
         self.pipeline, self.id_maps = pipeline, dict(id_maps)
         self.models = tuple(model.eval() for model in models)
         self.sampling_rate, self.calibration = sampling_rate, calibration
-        self._networks = [fold(model.network) for model in self.models]
+        self.networks: tuple[Network, ...] = tuple(fold(model.network) for model in self.models)
         self._no_context = torch.empty(1, 0)
         self._shift = math.log(sampling_rate)
 
@@ -51,6 +52,12 @@ class Scorer:
         """The same members with another last step."""
         other = copy.copy(self)
         other.calibration = calibration
+        return other
+
+    def with_networks(self, networks: Sequence[Network]) -> "Scorer":
+        """The same members with something else for their folded networks: (context [1, 0], embeddings [B, D]) → [B]."""
+        other = copy.copy(self)
+        other.networks = tuple(networks)
         return other
 
     def score(self, rows: Rows) -> ScoreN:
@@ -79,7 +86,7 @@ class Scorer:
 
     def _mean(self, rows: EncodedRows, row_B: np.ndarray) -> torch.Tensor:
         inputs, score_MB = rows.gather(row_B), []
-        for model, network in zip(self.models, self._networks, strict=True):
+        for model, network in zip(self.models, self.networks, strict=True):
             emb_BD = model.embed(*inputs).flatten(1)
             score_MB.append((network(self._no_context, emb_BD).float() + self._shift).sigmoid())
         return torch.stack(score_MB).mean(0)

@@ -6,24 +6,35 @@ Workers get it as JSON in the environment (`VARIABLE`), with the model's name an
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from features.validation import Frozen
 
 VARIABLE = "MASKNET_SERVE"
 
 
-class Limits(Frozen):
+class _Section(Frozen):
+    """Workers get it as JSON, which has no infinity."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class Limits(_Section):
     """What one worker takes on, and what is refused at once."""
 
     rows: int = Field(default=5000, ge=1, description="most candidates, or rows, of one request; more is 413")
     body_bytes: int = Field(default=16 * 2**20, ge=1024, description="largest request body; a larger one is 413")
+    body_seconds: float = Field(default=5.0, gt=0, description="in which a request's body arrives whole, or it is 408")
     concurrency: int = Field(default=1, ge=1, description="requests that one worker computes at the same time")
-    queue: int = Field(default=16, ge=0, description="requests that wait for their turn in one worker; more are 429")
+    queue: int = Field(
+        default=16,
+        ge=0,
+        description="requests that wait for their turn in one worker; more are 429. While more arrive than can be "
+        "done, two for each that computes",
+    )
     deadline_ms: float = Field(
         default=1000.0,
         gt=0,
-        allow_inf_nan=False,
         description="from a request's arrival; one whose turn comes later, or could not come in time, is 503 and not "
         "computed",
     )
@@ -32,7 +43,7 @@ class Limits(Frozen):
     )
 
 
-class Follow(Frozen):
+class Follow(_Section):
     """How the service keeps up with the registry."""
 
     interval_seconds: float = Field(
@@ -43,7 +54,7 @@ class Follow(Frozen):
     )
 
 
-class Challenger(Frozen):
+class Challenger(_Section):
     """A second model that answers a share of users."""
 
     model: str = Field(description="any MODEL; an alias is followed")
@@ -51,14 +62,14 @@ class Challenger(Frozen):
     key: str = Field(description="the context field that tells users apart; without a value the champion answers")
 
 
-class Shadow(Frozen):
+class Shadow(_Section):
     """A model that scores requests after they were answered, for its metrics and log alone."""
 
     model: str = Field(description="any MODEL; an alias is followed")
     share: float = Field(default=1.0, gt=0, le=1, description="of requests; under load fewer")
 
 
-class PredictionLog(Frozen):
+class PredictionLog(_Section):
     """A sample of what was asked and answered, in Parquet."""
 
     folder: Path = Field(description="where the files go; each worker writes its own")
@@ -68,7 +79,7 @@ class PredictionLog(Frozen):
     keep_files: int = Field(default=100, ge=1, description="newest files of a worker that are kept")
 
 
-class Store(Frozen):
+class Store(_Section):
     """Where field values are fetched by key when a request names the key alone."""
 
     kind: Literal["redis", "parquet"] = Field(description="redis, or a Parquet file held in memory")
@@ -81,7 +92,7 @@ class Store(Frozen):
     )
 
 
-class ServeSettings(Frozen):
+class ServeSettings(_Section):
     """Everything that `masknet serve` can be told."""
 
     model: str = Field(default="models:/movielens-ranker@champion", description="MODEL: folder, URI or run id")

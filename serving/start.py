@@ -4,53 +4,125 @@ import os
 import shlex
 import socket
 import sys
-from typing import NoReturn
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
 
 import orjson
 
 from features.errors import InputError
-from serving.bundle import Bundle, load_bundle
+from features.validation import load_yaml, override, validate
+from serving.api.auth import Tokens
+from serving.bundle import Bundle
 from serving.golden import GOLDEN_FILE
-from serving.models import locate
+from serving.life.asks import asks_of, require_alike
+from serving.life.opening import Opened, Opener
+from serving.life.shares import require_key
+from serving.settings import VARIABLE, ServeSettings
+from serving.store.fill import Filler
 
-# How the server's workers learn what to load.
-BUNDLE_VARIABLE, VERSION_VARIABLE, WORKERS_VARIABLE = "MASKNET_BUNDLE", "MASKNET_VERSION", "MASKNET_WORKERS"
 SERVICE = "serving.service:MaskNetService"
 
 
-def start(model: str, *, host: str, port: int, workers: int) -> NoReturn:
-    """Verify the model and the port, print an example call, and replace this process by the server.
+def read_settings(config: Path | None, overrides: list[str], **given: Any) -> ServeSettings:
+    """The service's settings: a YAML file's, then overrides `key.path=value`, then what is given and not None.
 
     Raises:
-        InputError: the model is not there or damaged, or the port is taken.
+        InputError: the file, a key or a value is wrong; the message names it.
     """
-    located = locate(model)
-    bundle = load_bundle(located.path)
+    data = load_yaml(config, "config") if config else {}
+    override(data, overrides)
+    data |= {key: value for key, value in given.items() if value is not None}
+    return validate(ServeSettings, data, f"config {config}" if config else "settings")
+
+
+def start(settings: ServeSettings, *, host: str, port: int) -> NoReturn:
+    """Check models, folders and the port, print an example call, and replace this process by the server.
+
+    Raises:
+        InputError: a model is not there, damaged or not what the settings need, or the port is taken.
+    """
     _require_free(host, port)
-    sys.stdout.write(f"serving {located.uri} on http://{host}:{port}; once /readyz answers 200, try:\n")
-    sys.stdout.write(f"{example_call(bundle, host, port)}\n")
+    _require_device(settings.device)
+    champion = check_models(settings)
+    _require_folders(settings)
+    Tokens.of(os.environ)
+    engine = champion.engine
+    if settings.store:
+        Filler.of(settings.store, engine.schema).close()
+    uri = champion.found.uri if champion.found else settings.model
+    cached = ", from the cache" if champion.source == "cache" else ""
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    sys.stdout.write(f"serving {uri}{cached} on {address}; once /readyz answers 200, try:\n")
+    sys.stdout.write(f"{example_call(engine.bundle, address)}\n")
     sys.stdout.flush()
-    environment = {
-        **os.environ,
-        BUNDLE_VARIABLE: str(located.path.resolve()),
-        VERSION_VARIABLE: located.version or bundle.digest[:12],
-        WORKERS_VARIABLE: str(workers),
-        "BENTOML_DO_NOT_TRACK": "True",
-    }
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", host, "--port", str(port)]
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, command, environment(settings))
 
 
-def example_call(bundle: Bundle, host: str, port: int) -> str:
+def check_models(settings: ServeSettings) -> Opened:
+    """Open every model of the settings as the workers will, so that they find what they need; the champion.
+
+    Raises:
+        InputError: one is not there or damaged, or the settings' fields are not its.
+    """
+    opener = Opener(settings)
+    champion = opener.open_by_registry(settings.model, _tell)
+    schema = champion.engine.schema
+    if settings.challenger:
+        require_key(schema, settings.challenger.key)
+    beside = {"challenger": settings.challenger, "shadow": settings.shadow}
+    for role, section in beside.items():
+        if section:
+            other = opener.open_by_registry(section.model, _tell).engine
+            require_alike(role, section.model, asks_of(schema), asks_of(other.schema))
+    return champion
+
+
+def environment(settings: ServeSettings) -> dict[str, str]:
+    """What the server's processes find in their environment."""
+    # BentoML keeps metrics in its home, and empties that folder at its start: two servers must not share one.
+    home = os.environ.get("BENTOML_HOME") or tempfile.mkdtemp(prefix="masknet-serve-")  # nobody else's to write to
+    mine = {VARIABLE: settings.model_dump_json(), "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": home}
+    return {**os.environ, **mine}
+
+
+def example_call(bundle: Bundle, address: str) -> str:
     """A curl command for /rank, from the bundle's golden rows."""
     rows = orjson.loads((bundle.path / GOLDEN_FILE).read_bytes())["rows"]
+    context = bundle.schema.context if bundle.schema.candidate_fields else ()  # candidates have some field
     body = {
-        "context": {name: rows[name][2] for name in bundle.schema.context},
-        "candidates": {name: rows[name][2:7] for name in bundle.schema.candidate_fields},
+        "context": {name: rows[name][2] for name in context},
+        "candidates": {
+            field.name: rows[field.name][2:7] for field in bundle.schema.served_fields if field.name not in context
+        },
         "top_k": 3,
     }
     data = shlex.quote(orjson.dumps(body).decode())
-    return f"curl -s http://{host}:{port}/rank -H 'content-type: application/json' -d {data}"
+    return f"curl -s {address}/rank -H 'content-type: application/json' -d {data}"
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"masknet: {message}\n")
+
+
+def _require_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("device: cuda needs a GPU that torch can use, and there is none")
+
+
+def _require_folders(settings: ServeSettings) -> None:
+    if settings.log:
+        folder = settings.log.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"log.folder {folder} cannot be made: {error.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"log.folder {folder} cannot be written to")
 
 
 def _require_free(host: str, port: int) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ class Trace:
     unknown: Mapping[str, int] = field(default_factory=dict)  # ids of the never-seen, by field; likewise
     values: Mapping[str, int] = field(default_factory=dict)  # of which the two are parts
     score_N: ScoreN | None = None
+    time: datetime | None = None  # that date fields read, sent or taken as now; a column of times counts before it
 
     def __post_init__(self) -> None:
         self._last = self.started

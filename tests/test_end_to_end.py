@@ -37,7 +37,12 @@ class Home:
         return subprocess.Popen(
             [sys.executable, "-m", "training", *words],
             cwd=self.path,
-            env={**environment, "MLFLOW_TRACKING_URI": self.store, "PYTHONPATH": str(ROOT)},
+            env={
+                **environment,
+                "MLFLOW_TRACKING_URI": self.store,
+                "PYTHONPATH": str(ROOT),
+                "XDG_CACHE_HOME": f"{self.path}-cache",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -17,6 +17,7 @@ import pytest
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from serving.reference import settings_reference
 from tests.benchmarks.quality_page import PAGE, page
 from training.cli import app
 from training.reference import config_reference
@@ -27,6 +28,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("masknet ")]
 GATE = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if block.startswith("slices:"))
 CURL = next(block for block in BLOCKS if block.startswith("curl "))
+CLIENT = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S))
 OWN_TARGETS = {"make demo", "make test"}
 
 
@@ -38,8 +40,9 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_reference_is_the_codes() -> None:
+def test_references_are_the_codes() -> None:
     assert config_reference() in (ROOT / "training" / "README.md").read_text()
+    assert settings_reference() in (ROOT / "serving" / "README.md").read_text()
 
 
 def test_quality_is_what_was_measured() -> None:
@@ -75,6 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, raw_rows: Path) -> Path:
 def start(home: Path, command: str) -> subprocess.Popen[str]:
     words = shlex.split(command)
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "PYTHONPATH": str(ROOT)}
+    store["XDG_CACHE_HOME"] = str(home / "cache")
     return subprocess.Popen(
         [sys.executable, "-m", "training", *words[1:]],
         cwd=home,
@@ -131,6 +135,10 @@ def test_serve_and_both_curl_lines(home: Path) -> None:
             answer = post_as_curl_would(command)
             assert [set(item) for item in answer["items"]] == [{"index", "score"}] * len(answer["items"])
             assert answer["items"]
+        found: dict[str, Any] = {}
+        exec(CLIENT.replace("3000", port), found)
+        assert found["ranking"].model.version == answer["model"]["version"]
+        assert len(found["ranking"].items) == 1
     finally:
         process.terminate()
         process.communicate(timeout=30)

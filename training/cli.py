@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -329,10 +328,10 @@ def ablate(
         masknet ablate config.yaml --data data --norms layer,rms --placements pre,post,peri --landscape layer,rms
     """
     check_stack()
+    from features.errors import without_password
     from training.ablation.cells import Grid, numbers, split_norms
     from training.ablation.command import AblateOptions, run_ablate
     from training.ablation.tables import differences_table, metrics_table
-    from training.config import without_password
 
     options = AblateOptions(
         config=config,
@@ -486,22 +485,46 @@ def evaluate(
 @app.command()
 def score(
     model: Model,
-    input: Annotated[list[str], typer.Option(help="Raw file, folder or glob; repeatable.")],
+    input: Annotated[list[str], typer.Option(help="Raw file, folder, glob or URI; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder of the scored Parquet parts; must not exist yet.")],
+    columns: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Raw columns to keep beside the score; by default all.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local (threads of this process) or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to use with --engine ray; by default one is started here.")
+    ] = None,
+    max_bad_rows: MaxBadRows = 0.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run with this --out has left, if anything.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Score raw rows: every column is kept, and `score` is added.
+    """Score raw rows (CSV, TSV, Parquet; plain, gzip or zstd): the chosen columns are kept, and `score` is added.
 
-    masknet score models:/movielens-ranker@champion --input today.parquet --out scored
+    Rows keep their order, over parts named in the order of the files. The folder appears when all of it is there; the
+    model's name, version and digest are in every part's metadata. Rows that cannot be scored end it, unless there are
+    few enough by --max-bad-rows: then they go to OUT/_quarantine with file, line, column and reason.
+
+        masknet score models:/movielens-ranker@champion --input today.parquet --out scored
+        masknet score models:/ranker/7 --input logs/ --columns user_id,item_id --out scored --resume
     """
     check_stack()
-    from serving.bundle import load_bundle
-    from serving.models import locate
-    from serving.scoring.files import score_files
+    from training.scoring import ScoreOptions, run_score
 
-    started = time.perf_counter()
-    rows = score_files(load_bundle(locate(model).path), input, out)
-    _answer(as_json, {"out": str(out), "rows": rows, "seconds": time.perf_counter() - started}, f"{out}: {rows:,} rows")
+    options = ScoreOptions(
+        model=model,
+        sources=input,
+        out=out,
+        columns=columns,
+        engine=engine,
+        address=address,
+        max_bad_rows=max_bad_rows,
+        resume=resume,
+    )
+    result, done = run_score(options, console)
+    aside = f"; {done.bad_rows:,} set aside" if done.bad_rows else ""
+    _answer(as_json, result, f"{out}: {done.rows:,} rows{aside}")
 
 
 @app.command()
@@ -549,22 +572,64 @@ def promote(
 
 
 @app.command()
+def drift(
+    log: Annotated[
+        list[str], typer.Argument(metavar="LOG…", help="Prediction log, or any raw rows: files, folders or globs.")
+    ],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The model whose training rows are the measure.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of drift.html and drift.json; default runs/drift/NAME-VERSION.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="Stability index (PSI) beyond what chance leaves, above which it is drift.")
+    ] = 0.2,
+    as_json: Json = False,
+) -> None:
+    """Compare what a model is asked with what it was trained on: field by field, and its scores.
+
+    Exit codes: 0 nothing has drifted, 3 the score or a field has, 2 wrong input, 1 anything else.
+
+        masknet drift /var/log/masknet --against models:/movielens-ranker@champion
+    """
+    check_stack()
+    from training.drifting import DRIFTED, run_drift
+
+    result, words = run_drift(log, against, out, threshold)
+    _answer(as_json, result, "\n".join([*words, f"report: {result['report']}"]))
+    if result["drifted"]:
+        sys.exit(DRIFTED)
+
+
+@app.command()
 def serve(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="See masknet --help.")
-    ] = "models:/movielens-ranker@champion",
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="See masknet --help; default models:/movielens-ranker@champion, or what FILE says."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The service's settings (YAML).")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Override a key: limits.rows=2000. Repeatable.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes, each with a copy of the model.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes, each with a copy of the model; default 1.")
+    ] = None,
 ) -> None:
     """Serve a model over REST: POST /rank and /predict, GET /model, /readyz, /metrics and /docs.json.
 
-    masknet serve models:/movielens-ranker@champion --port 3000
+    An alias is followed while the service runs: a new version is checked, warmed up and switched to. All settings are
+    in serving/README.md.
+
+        masknet serve models:/movielens-ranker@champion --port 3000
+        masknet serve --config serve.yaml --set challenger.share=0.2 --workers 4
     """
     check_stack()
-    from serving.start import start
+    from serving.start import read_settings, start
 
-    start(model, host=host, port=port, workers=workers)
+    start(read_settings(config, set or [], model=model, workers=workers), host=host, port=port)
 
 
 @bench.command("kernels")
@@ -606,4 +671,29 @@ def bench_train(
     from training.bench.train import run_train, shown
 
     result = run_train(out, quick, profile)
+    _answer(as_json, result, shown(result) + (f"\nwritten: {out}" if out else ""))
+
+
+@bench.command("serve")
+def bench_serve(
+    out: Annotated[Path | None, typer.Option(help="JSON file of the result.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few requests to a small model.")] = False,
+    soak: Annotated[
+        int, typer.Option(min=0, help="Requests that are sent to see whether memory grows; none by default.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure the ranking endpoint beside FastAPI with PyTorch or ONNX Runtime and `mlflow models serve`, in turns.
+
+    39 fields × 10, 3 parallel blocks × 400, random weights; a request is a user and 500 candidates. Latency of one
+    client and the endpoint's stages, the largest rate at which 99 % are answered in 50 ms, and memory. All servers run
+    at once: 8 GB of memory, half an hour. Rivals are part of the source tree alone.
+
+        masknet bench serve --soak 100000 --out tests/benchmarks/results/serve.json
+        python -m training.bench.serve_page tests/benchmarks/results/serve.json serving/BENCHMARK.md
+    """
+    check_stack()
+    from training.bench.serve import run_serve, shown
+
+    result = run_serve(out, quick, soak)
     _answer(as_json, result, shown(result) + (f"\nwritten: {out}" if out else ""))

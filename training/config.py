@@ -1,18 +1,17 @@
 """The training configuration: one YAML file, every key described here. `--set section.key=value` overrides."""
 
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from features.errors import InputError
-from features.validation import Frozen, load_yaml, validate
+from features.errors import without_password
+from features.validation import Frozen, load_yaml, override, validate
 from masknet.config import MaskNetConfig
 from masknet.norms import NORMS
 from training.fit.precision import Precision
-from training.sections import CalibrationConfig, OptimizerConfig, ScheduleConfig, ShardingConfig
+from training.sections import CalibrationConfig, OptimizerConfig, ScheduleConfig, ServingConfig, ShardingConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"  # what MLflow takes in a name and a file system in a path
 
@@ -109,6 +108,7 @@ class Config(Frozen):
     sharding: ShardingConfig = ShardingConfig()
     train: TrainConfig = TrainConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    serving: ServingConfig = ServingConfig()
     tracking: TrackingConfig
 
     @model_validator(mode="after")
@@ -136,26 +136,8 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         InputError: the file, a key or a value is wrong; the message names it.
     """
     data = load_yaml(path, "config")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {override!r} is not of the form section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"--set {override!r}: the value is not YAML") from None
-        set_key(data, key, value, f"--set {override!r}")
+    override(data, overrides)
     return validate(Config, data, f"config {path}")
-
-
-def set_key(data: dict[str, Any], path: str, value: Any, source: str) -> None:
-    """Set a key like model.blocks in nested sections, made where they are missing; errors begin with `source`."""
-    *sections, key = path.split(".")
-    for name in sections:
-        data = data.setdefault(name, {})
-        if not isinstance(data, dict):
-            raise InputError(f"{source}: {name} is a value, not a section")
-    data[key] = value
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -164,9 +146,3 @@ def save_config(config: Config, path: Path) -> None:
     if config.tracking.uri:
         given["tracking"]["uri"] = without_password(config.tracking.uri)
     path.write_text(yaml.safe_dump(given, sort_keys=False))
-
-
-def without_password(uri: str) -> str:
-    """An address, alone or in a word, as it may be shown and stored; where it is unclear, too much is hidden."""
-    shown = re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd)=)[^&]*", r"\1***", uri)  # first: it may hold an @
-    return re.sub(r"(?<=://)([^/:]*):.*@", r"\1:***@", shown)

@@ -60,7 +60,7 @@ def _prepare(options: PrepareOptions, schema: Path, facts: dict[str, Any], conso
             options.out,
             split=SplitRule.parse(options.split) if options.split else None,
             pipeline=None if options.pipeline is None else _pipeline_of(options.pipeline),
-            engine=_engine(options),
+            engine=engine_of(options.engine, options.address) or LocalEngine(),
             max_bad_rows=options.max_bad_rows,
             facts=facts,
             progress=move,
@@ -99,16 +99,17 @@ def _require_sources(options: PrepareOptions) -> None:
         raise InputError(f"{', '.join(missing)} missing: every split needs rows")
 
 
-def _engine(options: PrepareOptions) -> Engine:
-    if options.engine == "ray":
+def engine_of(name: str, address: str | None) -> Engine | None:
+    """The engine that --engine and --address name; None for local."""
+    if name == "ray":
         from features.ray_engine import RayEngine
 
-        return RayEngine(options.address)
-    if options.engine != "local":
-        raise InputError(f"--engine {options.engine!r} is neither local nor ray")
-    if options.address is not None:
+        return RayEngine(address)
+    if name != "local":
+        raise InputError(f"--engine {name!r} is neither local nor ray")
+    if address is not None:
         raise InputError("--address belongs to --engine ray")
-    return LocalEngine()
+    return None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The configuration's sections of what is optimized, when and where, and of the scores: optimizer to calibration."""
+"""The configuration's sections of what is optimized, when and where, and of the scores: optimizer to serving."""
 
 from typing import Literal
 
@@ -109,6 +109,17 @@ class ShardingConfig(Frozen):
     tables: dict[str, TableSharding] = Field(
         default={}, description="`type`, `kernel` and `dtype` of single tables, by name: `{item_id: {type: row_wise}}`"
     )
+
+
+class ServingConfig(Frozen):
+    """What a bundle is to know about its serving."""
+
+    fast: bool = Field(
+        default=True,
+        description="check after training which fast backends may serve the model, on the validation split (of days, "
+        "on the last one)",
+    )
+    check_rows: int = Field(default=200_000, ge=1, description="rows that are scored for it, at most")
 
 
 class CalibrationConfig(Frozen):

@@ -19,6 +19,7 @@ from serving.bundle import tables_of, write_bundle
 from serving.calibration import Calibration
 from serving.members import Member
 from serving.scorer import Scorer
+from training.backends import checked
 from training.calibration import calibrate, require_calibratable
 from training.config import Config, save_config
 from training.distributed import World, from_rank_0, join_world
@@ -43,6 +44,7 @@ from training.fit.state import Position
 from training.fit.stopping import stop_request
 from training.progress import Silent, TrainingObserver
 from training.tracking.opening import Run, open_run
+from training.trained_rows import reference_of
 
 Result = dict[str, Any]
 Metrics = dict[str, dict[str, float | None]]
@@ -185,6 +187,8 @@ class _Job:
             run_id=run_id,
             calibrate=calibrated,
             evaluate=evaluate,
+            reference=lambda scorer: reference_of(scorer, self.data),
+            check=lambda scorer: checked(self.config.serving, scorer, self.data[-1]),
         )
 
 

@@ -1,1 +1,1 @@
-"""What computes a folded network's products: torch, ONNX Runtime, a GPU; and which of them may."""
+"""What computes a folded network: exactly (fp32), or faster within a bound that is checked (int8, bf16)."""

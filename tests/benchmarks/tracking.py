@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from features.allocator import keep_freed_memory
 from features.batches import Batch
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader
@@ -41,7 +42,6 @@ from training.bench.train_data import make_data
 from training.bench.trainer import Trainer, bench_config
 from training.config import Config
 from training.distributed import World, join_world
-from training.fit.allocator import keep_freed_memory
 from training.fit.reporting import Reporter
 from training.fit.state import Position
 from training.progress import Silent, TrainingObserver

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from features.allocator import keep_freed_memory
 from features.batches import Batch
 from features.dataset import LABEL, PreparedDataset
 from features.loader import BatchLoader
@@ -42,7 +43,6 @@ from training.bench.train_data import make_data
 from training.bench.trainer import Trainer, bench_config
 from training.config import Config
 from training.distributed import World, join_world
-from training.fit.allocator import keep_freed_memory
 
 FIELDS, BATCH, ROWS = 26, 4096, 600_000
 LR, COMPARED = 0.02, 20

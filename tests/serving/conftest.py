@@ -1,9 +1,9 @@
 """A small bundle by hand: random weights over a user and an item, no training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pytest
@@ -17,6 +17,9 @@ from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
+
+if TYPE_CHECKING:
+    from tests.serving.running import Service
 
 ITEMS = 60
 FIELDS = [{"name": "user", "type": "categorical"}, {"name": "item", "type": "categorical", "encoder": "identity"}]
@@ -68,3 +71,21 @@ def reseal() -> Callable[..., None]:
         (bundle / "manifest.sha256").write_text(sha256_file(bundle / "manifest.json"))
 
     return resealed
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of one member on disk."""
+    path = tmp_path_factory.mktemp("small") / "bundle"
+    given = {"name": "small", "config": CONFIG, "schema": SCHEMA, "pipeline": PIPELINE, "sampling_rate": 0.2}
+    write_bundle(path, members=[member(1)], run_id="run", evaluate=lambda scorer: {}, **given)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.fixture(scope="session")
+def service(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
+    """It, served by a process of its own; for tests that leave it as it is."""
+    from tests.serving.running import Service
+
+    with Service(tmp_path_factory.mktemp("service"), str(small_bundle), "--set", "limits.drain_seconds=0") as served:
+        yield served

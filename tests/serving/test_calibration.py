@@ -17,6 +17,7 @@ from scipy.special import logit as scipy_logit
 from starlette.testclient import TestClient
 
 from features.errors import InputError
+from serving.api.parts import OneModel, Parts
 from serving.api.routes import create_app
 from serving.bundle import Bundle, load_bundle
 from serving.calibration import UNCALIBRATED, Calibration, logit, sigmoid
@@ -130,15 +131,15 @@ def test_every_way_to_a_score_is_calibrated_once(
     np.testing.assert_array_equal(bundle.scorer.uncalibrated(encoded), plain)
     np.testing.assert_array_equal(bundle.scorer.score_encoded(encoded), expected)
     np.testing.assert_array_equal(bundle.scorer.score(rows), expected)
-    app = create_app()
-    app.state.engine = RankingEngine(bundle, "1")
+    app = create_app(Parts(OneModel(RankingEngine(bundle, "1"))))
     client = TestClient(app)
     np.testing.assert_allclose(client.post("/predict", json={"rows": rows}).json()["scores"], expected, rtol=1e-7)
     asked = {"context": {"user": "ann"}, "candidates": {"item": rows["item"]}, "top_k": len(plain)}
     items = client.post("/rank", json=asked).json()["items"]
-    np.testing.assert_allclose([item["score"] for item in items], expected[[item["index"] for item in items]], 1e-7)
+    ranked = expected[[item["index"] for item in items]]
+    np.testing.assert_allclose([item["score"] for item in items], ranked, atol=1e-6)
     pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
-    assert score_files(bundle, [str(tmp_path / "rows.parquet")], tmp_path / "scored") == len(plain)
+    assert score_files(bundle, [str(tmp_path / "rows.parquet")], tmp_path / "scored").rows == len(plain)
     np.testing.assert_array_equal(pq.read_table(tmp_path / "scored")["score"].to_numpy(), expected)
     assert client.get("/model").json()["calibration"] == curve["kind"]
     assert client.get("/model").json()["members"] == 1
@@ -157,8 +158,7 @@ def test_rankings_keep_the_order_where_a_curve_is_level(make: Callable[..., Bund
 
 
 def test_the_model_describes_what_it_answers(make: Callable[..., Bundle]) -> None:
-    app = create_app()
-    app.state.engine = RankingEngine(make(), "1")
+    app = create_app(Parts(OneModel(RankingEngine(make(), "1"))))
     client = TestClient(app)
     operation = client.get("/docs.json").json()["paths"]["/model"]["get"]
     described = operation["responses"]["200"]["content"]["application/json"]["schema"]

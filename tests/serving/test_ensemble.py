@@ -20,7 +20,9 @@ from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bund
 from serving.calibration import Calibration
 from serving.ensemble import write_ensemble
 from serving.members import Member
+from serving.monitoring.reference import FieldReference, Reference, load_reference, score_reference
 from serving.ranking.engine import RankingEngine
+from serving.scorer import Scorer
 
 Make = Callable[..., Bundle]
 
@@ -57,6 +59,23 @@ def test_what_the_bundle_says_of_itself(make: Make, tmp_path: Path) -> None:
     assert ensemble.manifest["metrics"] == {"test": {"auc": 0.5}}
     assert ensemble.manifest["sampling_rate"] == 0.2
     assert sorted(path.name for path in (ensemble.path / "members").iterdir()) == ["00", "01"]
+
+
+def test_drift_is_told_from_the_mean(make: Make, rows: dict[str, list[Any]], tmp_path: Path) -> None:
+    fields = {name: FieldReference(bins=(2,), counts=(0, 0, 9, 0)) for name in ("user", "item")}
+
+    def reference(scorer: Scorer) -> Reference:
+        return Reference(fields=fields, score=score_reference(scorer.score(rows), None, "rows"))
+
+    singles = [make(str(seed), seed, reference=reference) for seed in (1, 2)]
+    ensemble = together(tmp_path / "ensemble", *singles, reference=reference)
+    mean_N = np.mean([single.scorer.score(rows) for single in singles], 0)
+    found = load_reference(ensemble.path, ensemble.pipeline)
+    assert found.fields == fields
+    np.testing.assert_allclose(found.score.starts[9], np.sort(mean_N)[29], rtol=1e-5)  # of 60
+    plain = together(tmp_path / "plain", *singles)
+    with pytest.raises(InputError, match=r"has no reference\.json"):
+        load_reference(plain.path, plain.pipeline)
 
 
 def test_ensembles_of_ensembles_hold_all_members(make: Make, rows: dict[str, list[Any]], tmp_path: Path) -> None:

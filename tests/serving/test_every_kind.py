@@ -26,6 +26,7 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema, load_schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
+from serving.api.parts import OneModel, Parts
 from serving.api.routes import create_app
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
@@ -109,8 +110,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def client(bundle: Bundle) -> TestClient:
-    app = create_app()
-    app.state.engine = RankingEngine(bundle, "1")
+    app = create_app(Parts(OneModel(RankingEngine(bundle, "1"))))
     return TestClient(app)
 
 

@@ -25,6 +25,7 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
+from serving.api.parts import OneModel, Parts
 from serving.api.routes import create_app
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
@@ -151,10 +152,9 @@ def test_every_way_to_a_score_goes_through_the_map(bundle: Bundle) -> None:
     np.testing.assert_allclose(bundle.scorer.score(ROWS), expected, rtol=0, atol=1e-6)
     encoded = PIPELINE.encode({**ROWS, "slot": ["4", "9", None, "3"]})  # as training has seen them
     np.testing.assert_allclose(bundle.scorer.score_encoded(encoded), expected, rtol=0, atol=1e-6)
-    engine = RankingEngine(bundle, "1")
+    engine = RankingEngine.load(bundle.path, "1")
     np.testing.assert_allclose(engine.predict(pa.table(ROWS)), expected, rtol=0, atol=1e-6)
-    app = create_app()
-    app.state.engine = engine
+    app = create_app(Parts(OneModel(engine)))
     client = TestClient(app)
     answer = client.post("/predict", json={"rows": ROWS})
     np.testing.assert_allclose(answer.json()["scores"], expected, rtol=0, atol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from features.dataset import PreparedDataset
+from serving.api.parts import OneModel, Parts
 from serving.api.routes import create_app
 from serving.bundle import Bundle
 from serving.ranking.engine import RankingEngine
@@ -25,8 +26,7 @@ ROWS = [dict(zip(CANDIDATES, values, strict=True)) for values in zip(*CANDIDATES
 
 @pytest.fixture(scope="module")
 def client(bundle: Bundle) -> TestClient:
-    app = create_app()
-    app.state.engine = RankingEngine(bundle, "7")
+    app = create_app(Parts(OneModel(RankingEngine(bundle, "7"))))
     return TestClient(app)
 
 
@@ -194,8 +194,7 @@ def test_a_failure_inside_is_500_without_details(bundle: Bundle) -> None:
         def rank(self, *_: Any) -> Any:
             raise RuntimeError("secret path /etc/models")
 
-    app = create_app()
-    app.state.engine = Broken(bundle, "1")
+    app = create_app(Parts(OneModel(Broken(bundle, "1"))))
     answer = TestClient(app).post("/rank", json={"context": CONTEXT, "candidates": CANDIDATES})
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "internal"

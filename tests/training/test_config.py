@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from features.errors import InputError
-from training.config import load_config, save_config, without_password
+from features.errors import InputError, without_password
+from training.config import load_config, save_config
 from training.stack import check_stack
 
 GOOD = "experiment: e\ntracking: {registered_model: m}\nmodel: {hidden_norm: rms}\n"

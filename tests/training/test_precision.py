@@ -104,7 +104,7 @@ def test_freed_memory_is_kept(keeps: bool) -> None:
     script = f"""
 import resource
 import numpy as np
-from training.fit.allocator import keep_freed_memory
+from features.allocator import keep_freed_memory
 if {keeps}:
     keep_freed_memory()
 for turn in range(5):

@@ -339,6 +339,8 @@ def test_a_registration_that_is_cut_off_is_gone_on_with(
     monkeypatch.chdir(tmp_path)  # below which MLflow stores the files
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    schema = "name: s\nlabel: {column: click}\nfields: [{name: user, type: categorical}]\n"
+    (tmp_path / "bundle" / "schema.yaml").write_text(schema)
     client, name = mlflow.MlflowClient(), f"cut-off-{lost}"
     config = at(store, tmp_path)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"registered_model": name})})

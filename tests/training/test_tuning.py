@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from features.dataset import LABEL, PreparedDataset, groups_of
 from features.metrics import score_metrics
 from serving.bundle import load_bundle
+from serving.monitoring.reference import load_reference
 from tests.mlflow_server import Server
 from training.config import Config, load_config
 from training.tracking.opening import flat
@@ -160,7 +161,8 @@ def test_the_ensemble_is_the_mean_of_the_seeds(home: Home, answer: dict[str, Any
     assert model["members"] == [1, 2]
     seeds = [load_bundle(folder / f"seed-{seed}" / "bundle").scorer.score_encoded(test) for seed in (1, 2)]
     assert np.abs(seeds[0] - seeds[1]).max() > 1e-3
-    score_N = load_bundle(home.folder / model["bundle"]).scorer.score_encoded(test)
+    ensemble, one = load_bundle(home.folder / model["bundle"]), load_bundle(folder / "seed-1" / "bundle")
+    score_N = ensemble.scorer.score_encoded(test)
     np.testing.assert_allclose(score_N, np.mean(seeds, axis=0), atol=1e-6)
     label_N = test[LABEL].to_numpy()
     expected = score_metrics(label_N, score_N, groups_of(test))
@@ -168,6 +170,10 @@ def test_the_ensemble_is_the_mean_of_the_seeds(home: Home, answer: dict[str, Any
         assert model["metrics"]["test"][name] == pytest.approx(expected[name], abs=1e-9)
         alone = score_metrics(label_N, seeds[0], groups_of(test))
         assert answer["best"]["seeds"]["metrics"]["test"][name]["by_seed"]["1"] == pytest.approx(alone[name], abs=1e-9)
+    found, ones = (load_reference(each.path, each.pipeline) for each in (ensemble, one))
+    assert found.fields == ones.fields, "the same training rows"
+    valid_N = ensemble.scorer.score_encoded(dataset.split("valid"))
+    assert list(found.score.counts) == [np.sum(np.digitize(valid_N, found.score.starts) == k) for k in range(20)]
 
 
 def test_mlflow_has_the_study_its_trials_and_one_model(home: Home, answer: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import yaml
 
 from features.errors import InputError
-from features.validation import validate
-from training.config import Config, set_key
+from features.validation import set_key, validate
+from training.config import Config
 
 AS_CONFIGURED = "config"
 FACTOR = 3.0  # between learning rates

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from features.allocator import keep_freed_memory
 from features.batches import Batch
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader
@@ -33,7 +34,6 @@ from training.bench.timing import HostClock, quantiles
 from training.bench.train_data import make_data
 from training.bench.trainer import Trainer, bench_config
 from training.distributed import World, join_world
-from training.fit.allocator import keep_freed_memory
 from training.fit.precision import Precision, computing, set_precision
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -1,25 +1,24 @@
 """How far the evaluated rows are from those that the model was trained on."""
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from features.arrays import flat_values
-from features.counting import NumberCounts
 from features.dataset import LABEL, SplitFiles
-from features.encoders import Scale
+from features.drift import (
+    counted,
+    counted_scores,
+    counts_of_split,
+    edges_of,
+    score_starts,
+    stability_index,
+    stands_for,
+)
 from features.metrics import psi
-from features.pipeline import FeaturePipeline, FittedField
-from features.prepare import EDGES
-from features.profile import drift as field_drift
-from features.stats import Edges, bins_of, num_bins
+from features.pipeline import FeaturePipeline
 from serving.bundle import Bundle
 from training.evaluation.results import Drift, FloatN
 
-SCORE_BINS = 20
 SAMPLE = 50_000  # training rows that are scored
-
-CountK = npt.NDArray[np.floating] | npt.NDArray[np.integer]  # floating where rows have weights
 
 
 def drift(
@@ -52,53 +51,20 @@ def drift(
 
 
 def _fields(pipeline: FeaturePipeline, table: pa.Table, train: SplitFiles, rate: float) -> dict[str, float | None]:
-    edges = _edges(pipeline, train)
-    found_K = {field.name: _counted(field, table, edges) for field in pipeline.fields}
-    expected_K = {field.name: np.zeros(num_bins(field, edges)) for field in pipeline.fields}
-    for group in train.row_groups:
-        part = train.read(group, [*pipeline.names, LABEL])
-        weight_N = _stands_for(part, rate)
-        for field in pipeline.fields:
-            expected_K[field.name] += _counted(field, part, edges, weight_N)
-    return {name: field_drift(_whole(expected_K[name]), _whole(found_K[name])) for name in pipeline.names}
-
-
-def _edges(pipeline: FeaturePipeline, train: SplitFiles) -> Edges:
-    """Where the bins of value fields begin, as `features.prepare` has it."""
-    names = [field.name for field in pipeline.fields if isinstance(field.encoder, Scale)]
-    counts = {name: NumberCounts() for name in names}
-    for group in train.row_groups if names else ():
-        part = train.read(group, names)
-        for name in names:
-            counts[name].add(NumberCounts.of(part[name].combine_chunks().cast(pa.float64())))
-    return {name: np.unique(numbers.quantiles(EDGES)) for name, numbers in counts.items()}
-
-
-def _counted(field: FittedField, table: pa.Table, edges: Edges, weight_N: FloatN | None = None) -> CountK:
-    """Rows, or items of lists, by bin."""
-    values, length_N = flat_values(table[field.name].combine_chunks())
-    bin_I, _ = bins_of(field, values, edges)
-    weight_I = weight_N if weight_N is None or length_N is None else np.repeat(weight_N, length_N)
-    return np.bincount(bin_I, weight_I, minlength=num_bins(field, edges))
-
-
-def _stands_for(table: pa.Table, rate: float) -> FloatN:
-    """How many rows each training row stands for."""
-    return np.where(table[LABEL].to_numpy() > 0, 1.0, 1 / rate)
+    edges = edges_of(pipeline, train)
+    expected = counts_of_split(pipeline, train, edges, rate)
+    return {
+        field.name: stability_index(expected[field.name], counted(field, table, edges)) for field in pipeline.fields
+    }
 
 
 def _score(bundle: Bundle, score_N: FloatN, train: SplitFiles, rate: float, seed: int) -> float | None:
     sample = _sample(train, [*bundle.pipeline.names, LABEL], seed)
     if not sample.num_rows or not len(score_N):
         return None
-    train_S, weight_S = bundle.scorer.score_encoded(sample), _stands_for(sample, rate)
-    levels = np.arange(1, SCORE_BINS) / SCORE_BINS
-    starts = np.unique(np.quantile(train_S, levels, weights=weight_S, method="inverted_cdf"))
-    expected_K, found_K = (
-        np.bincount(np.searchsorted(starts, score, side="right"), weight, minlength=len(starts) + 1)
-        for score, weight in ((train_S, weight_S), (score_N, None))
-    )
-    return psi(_whole(expected_K), _whole(found_K))
+    train_S, weight_S = bundle.scorer.score_encoded(sample), stands_for(sample, rate)
+    starts = score_starts(train_S, weight_S)
+    return psi(counted_scores(train_S, starts, weight_S), counted_scores(score_N, starts))
 
 
 def _sample(train: SplitFiles, columns: list[str], seed: int) -> pa.Table:
@@ -112,7 +78,3 @@ def _sample(train: SplitFiles, columns: list[str], seed: int) -> pa.Table:
             parts.append(train.read(group, columns).take(pa.array(row_S[first:last] - start)))
         start += group.rows
     return pa.concat_tables(parts)
-
-
-def _whole(count_K: CountK) -> npt.NDArray[np.int64]:
-    return np.rint(count_K).astype(np.int64)

@@ -11,7 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 
-from features.profile import DRIFT
+from features.drift import DRIFT
 from training.evaluation.curves import Histogram, Reliability
 from training.evaluation.results import FieldImportance, MaskStatistics, Slice
 from training.pictures import COLOURS, DIM, GRID, INK, STYLES, TEXT, legend, plain_axes, row_axes, svg

@@ -5,7 +5,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from features.profile import DRIFT
+from features.drift import DRIFT
 from training.evaluation.curves import Curves
 from training.evaluation.findings import Evaluation, Findings
 from training.evaluation.pictures import (

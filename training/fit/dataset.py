@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from features.allocator import keep_freed_memory
 from features.dataset import PreparedDataset
 from features.loader import BatchLoader, Share
 from features.pipeline import FeaturePipeline
@@ -19,7 +20,6 @@ from training.embeddings.managed import ManagedIds
 from training.embeddings.plan import described, plan_text
 from training.embeddings.prior import EmbeddingPrior, count_ids
 from training.embeddings.sharding import fill_tables, gather_tables, shard
-from training.fit.allocator import keep_freed_memory
 from training.fit.checkpoints import Checkpoints, plain_tensors, read_whole, verify
 from training.fit.days import fit_days
 from training.fit.epochs import fit_epochs

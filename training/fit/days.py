@@ -57,6 +57,11 @@ def scored_rows(day: PreparedDataset) -> tuple[str, float]:
     return ("test", day.schema.sampling_rate) if "test" in day.splits else ("train", 1.0)
 
 
+def told_split(dataset: PreparedDataset) -> str:
+    """The split whose rows tell of a finished model: the validation split or, of a day, what `scored_rows` names."""
+    return "valid" if is_whole(dataset) else scored_rows(dataset)[0]
+
+
 def fit_days(loop: Loop, names: list[str], score: Score) -> Position:
     """Score and train on each day in turn; every rank must call this.
 

@@ -13,8 +13,8 @@ _FREE = ("checkpoint_steps", "keep_checkpoints", "on_nan", "max_loss")  # keys o
 
 
 def identity_of(config: Config, data: list[PreparedDataset], start: Start | None) -> dict[str, Any]:
-    """Plain values by name, also by the configuration's keys. How tables are placed and runs tracked may change."""
-    given = config.model_dump(mode="json", exclude={"tracking": True, "sharding": True})
+    """Plain values by name, also by the configuration's keys; where tables go, tracking and serving may change."""
+    given = config.model_dump(mode="json", exclude={"tracking": True, "sharding": True, "serving": True})
     for key in _FREE:
         given["train"].pop(key)
     return {

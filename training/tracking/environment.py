@@ -20,8 +20,9 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from features.errors import without_password
 from training.bench.machine import cpu_name
-from training.config import Config, without_password
+from training.config import Config
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow", "polars", "mlflow")
 _GIT_SECONDS = 5

@@ -1,5 +1,6 @@
 """One run in MLflow: find or make it, bring records there, register the model."""
 
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,9 @@ from mlflow.models import Model
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_RUN_NAME
 
 from features.errors import one_line
+from features.schema import load_schema
 from serving.models import BUNDLE_ARTIFACT, VERSION_TAG
+from serving.scoring.frames import signature_of
 from training.tracking.outages import is_refusal
 from training.tracking.spool import Record
 
@@ -162,15 +165,18 @@ class MlflowRun:
         spec = find_spec("serving.pyfunc")
         assert spec is not None
         assert spec.origin is not None
-        info = Model.log(
-            artifact_path=None,
-            name="model",
-            flavor=mlflow.pyfunc,
-            run_id=self.run_id,
-            python_model=spec.origin,
-            artifacts={BUNDLE_ARTIFACT: str(bundle)},
-            pip_requirements=[f"{package}=={version(package)}" for package in _NEEDS],
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*An input example was not provided")  # it would score it
+            info = Model.log(
+                artifact_path=None,
+                name="model",
+                flavor=mlflow.pyfunc,
+                run_id=self.run_id,
+                python_model=spec.origin,
+                artifacts={BUNDLE_ARTIFACT: str(bundle)},
+                signature=signature_of(load_schema(bundle / "schema.yaml")),
+                pip_requirements=[f"{package}=={version(package)}" for package in _NEEDS],
+            )
         if not self._client.search_registered_models(f"name = '{name}'"):
             self._client.create_registered_model(name)
         made = self._client.create_model_version(name, info.model_uri, self.run_id, model_id=info.model_id)

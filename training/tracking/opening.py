@@ -16,9 +16,9 @@ import yaml
 from mlflow.exceptions import MlflowException
 from rich.console import Console
 
-from features.errors import InputError
+from features.errors import InputError, without_password
 from features.files import read_json
-from training.config import Config, without_password
+from training.config import Config
 from training.progress import teller
 from training.tracking.environment import environment, run_name, run_tags
 from training.tracking.mlflow_run import OFFLINE, MlflowRun, run_with_local_id

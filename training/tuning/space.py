@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from features.errors import InputError
-from features.validation import load_yaml, validate
-from training.config import Config, set_key
+from features.validation import load_yaml, set_key, validate
+from training.config import Config
 from training.tracking.opening import flat
 from training.tuning.dimension import ABSENT, Dimension, Plain, Range, label, value_of
 

@@ -15,9 +15,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from optuna import Study
 from optuna.trial import FrozenTrial
 
-from features.errors import InputError
+from features.errors import InputError, without_password
 from features.files import file_written_whole, read_json, write_json
-from training.config import Config, without_password
+from training.config import Config
 from training.tracking.opening import flat
 from training.tracking.outages import RequestLimits, is_mistake, reason, require_database
 from training.tuning.search import facts_of

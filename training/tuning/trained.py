@@ -14,11 +14,13 @@ from features.errors import InputError
 from serving.bundle import load_bundle
 from serving.ensemble import write_ensemble
 from serving.scorer import Scorer
+from training.backends import checked
 from training.calibration import calibrate
 from training.config import Config
 from training.evaluation.scored import metrics_of
 from training.tracking.opening import open_run
 from training.train import train
+from training.trained_rows import reference_of
 from training.tuning.seeds import SeedJob
 from training.workers import DONE, Result
 
@@ -103,6 +105,8 @@ class Trained:
             run_id=run_id,
             evaluate=metrics,
             calibrate=lambda scorer: calibrate(self.config.calibration.method, scorer, self.dataset),
+            reference=lambda scorer: reference_of(scorer, [self.dataset]),
+            check=lambda scorer: checked(self.config.serving, scorer, self.dataset),
         )
 
 

@@ -1,0 +1,64 @@
+"""Bodies of requests: which form they have, and their bytes within the limits of size and time."""
+
+import asyncio
+from typing import Literal
+
+from starlette.requests import Request
+
+from serving.api.errors import ApiError
+from serving.settings import Limits
+
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
+Form = Literal["json", "arrow"]
+
+
+def form_of(request: Request) -> Form:
+    """JSON or Arrow, by the content type; ApiError 415 for any other."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == JSON:
+        return "json"
+    if kind == ARROW:
+        return "arrow"
+    raise ApiError(415, "content_type", f"the body must be {JSON} or {ARROW}, not {kind or 'untyped'}")
+
+
+def wants_arrow(request: Request) -> bool:
+    """Whether the answer shall be Arrow: only where `accept` names it."""
+    accept = request.headers.get("accept", "")
+    return any(part.partition(";")[0].strip().lower() == ARROW for part in accept.split(","))
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body.
+
+    Raises:
+        ApiError: 413 above the size limit, by the length that is announced where it is; 415 for a content encoding;
+            408 where the body does not arrive in time, so that nobody holds connections by sending slowly.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, "content_encoding", "the body must not be compressed")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limits.body_bytes:
+        raise _too_large(limits)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body_bytes:
+                    raise _too_large(limits)
+    except TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} s"
+        raise ApiError(408, "body_too_slow", message) from None
+    return bytes(body)
+
+
+async def gone(request: Request) -> None:
+    """Returns once the client has closed the connection; for after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is above {limits.body_bytes} bytes")

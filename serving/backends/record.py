@@ -1,0 +1,73 @@
+"""Which fast backends a bundle may be served by: the outcome of a check on rows, and what int8 needs.
+
+backends.json       by backend, fastest first, whether it passed, why not, and what it cost
+backends/           the bounds of int8's layers, a file per member
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from features.files import read_json, write_json
+from features.validation import Frozen, validate
+from serving.backends.ranges import Ranges, load_ranges, save_ranges
+
+BACKENDS_FILE, FOLDER = "backends.json", "backends"
+Fast = Literal["int8", "bf16"]
+
+
+class Verdict(Frozen):
+    """What the check found of one backend; a number is null where the backend does not run or it is not defined."""
+
+    passed: bool
+    reason: str | None = Field(default=None, description="why it did not pass")
+    auc_loss: float | None = Field(default=None, description="exact's AUC less this one's")
+    logloss_increase: float | None = Field(default=None, description="this one's log loss less exact's, in nats")
+    largest_difference: float | None = Field(default=None, description="of a served score from exact's")
+    batch_difference: float | None = Field(
+        default=None, description="largest one, in probability, of a row's score in batches of 500, 50 and 1"
+    )
+
+
+class Record(Frozen):
+    """backends.json."""
+
+    split: str = Field(description="whose rows were scored")
+    rows: int = Field(description="how many, for the metrics")
+    range_rows: int = Field(description="others of that split, for the bounds of int8's layers")
+    versions: Mapping[str, str] = Field(description="of the libraries, and what torch takes the CPU to have")
+    backends: Mapping[Fast, Verdict] = Field(description="fastest first")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The record, and the bounds of int8's layers by member, if there are any."""
+
+    record: Record
+    ranges: tuple[Ranges, ...] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write into a bundle's folder."""
+        write_json(folder / BACKENDS_FILE, self.record.model_dump(mode="json"))
+        if self.ranges:
+            (folder / FOLDER).mkdir()
+        for number, ranges in enumerate(self.ranges):
+            save_ranges(_file(folder, number), ranges)
+
+    @classmethod
+    def load(cls, folder: Path, members: int) -> "Backends | None":
+        """What a bundle of so many members has, None for nothing; InputError where a file is damaged or missing."""
+        if not (folder / BACKENDS_FILE).exists():
+            return None
+        record = validate(Record, read_json(folder / BACKENDS_FILE, "bundle"), f"bundle {folder / BACKENDS_FILE}")
+        verdict = record.backends.get("int8")
+        if verdict is None or not verdict.passed:
+            return cls(record)
+        return cls(record, tuple(load_ranges(_file(folder, number)) for number in range(members)))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / FOLDER / f"int8-{number:02d}.safetensors"
