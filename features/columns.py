@@ -121,9 +121,8 @@ def column_of(table: pa.Table, name: str) -> pa.ChunkedArray:
 
 def plain(column: pa.ChunkedArray) -> pa.Array:
     """One array without the encodings that Arrow has for the same values: dictionary, large, view and fixed-size."""
-    array = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if column.num_chunks == 0:
-        return pa.array([], column.type)
+    chunks = column.chunks or [pa.array([], column.type)]
+    array = pa.concat_arrays(chunks) if len(chunks) > 1 else chunks[0]
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     kind = array.type

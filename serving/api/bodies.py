@@ -1,6 +1,8 @@
 """Bodies of requests: which form they have, and their bytes within the limits of size and time."""
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from starlette.requests import Request
@@ -10,6 +12,7 @@ from serving.settings import Limits
 
 JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 Form = Literal["json", "arrow"]
+Take = Callable[[int], None]
 
 
 def form_of(request: Request) -> Form:
@@ -28,12 +31,42 @@ def wants_arrow(request: Request) -> bool:
     return any(part.partition(";")[0].strip().lower() == ARROW for part in accept.split(","))
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+class Room:
+    """Bytes of one worker for bodies that arrive or wait: as many as the largest ones of a full queue have."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._left = limits.body_bytes * (limits.queue + limits.concurrency)
+
+    @contextmanager
+    def share(self) -> Iterator[Take]:
+        """Gives what is told of the bytes of one request as they arrive; at the end there is room for others."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if count > self._left:
+                raise ApiError(429, "queue_full", "too many requests are on their way already", retry_after=1)
+            self._left -= count
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def read_body(request: Request, limits: Limits, take: Take) -> bytes:
     """The whole body.
+
+    Args:
+        request: whose content type is one of ours.
+        limits: of size and time.
+        take: told of every part that has come, by its bytes (see Room).
 
     Raises:
         ApiError: 413 above the size limit, by the length that is announced where it is; 415 for a content encoding;
-            408 where the body does not arrive in time, so that nobody holds connections by sending slowly.
+            408 where the body does not arrive in time, so that nobody holds connections by sending slowly; 429 where
+            the bodies of others leave no room.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -48,6 +81,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 body += chunk
                 if len(body) > limits.body_bytes:
                     raise _too_large(limits)
+                take(len(chunk))
     except TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} s"
         raise ApiError(408, "body_too_slow", message) from None

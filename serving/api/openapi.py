@@ -38,7 +38,7 @@ _ARROW_TEXT = (
 def describe(parts: Parts) -> Json:
     """An OpenAPI 3.0 document for the model that answers now."""
     schema, limit = parts.fleet.champion.schema, parts.settings.limits.rows
-    rank, predict = rank_body(schema, limit, parts.optional), predict_body(schema, limit)
+    rank, predict = rank_body(schema, limit, parts.optional), predict_body(schema, limit, parts.optional)
     about = "The served model: version, metrics, members, calibration, backend, schema"
     paths = {
         "/rank": {"post": _operation("Rank candidates", rank, rank_answer(), parts.protected)},

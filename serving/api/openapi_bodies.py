@@ -22,8 +22,7 @@ def rank_body(schema: Schema, limit: int, optional: Collection[str]) -> Json:
     body = object_of({"context": object_of(fields), "candidates": _rows(fields, limit)}, required=["candidates"])
     body["properties"]["top_k"] = {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K}
     body["properties"]["time"] = {"oneOf": _TIME, "description": f"{EXPECTED}, for date fields; now where left out"}
-    if optional:
-        body["description"] = f"Fetched where left out: {', '.join(optional)}"
+    body |= _fetched(optional)
     examples = {field.name: _example(schema, field) for field in schema.served_fields}
     own = schema.candidate_fields or tuple(examples)  # some fields must come with the candidates
     example = {
@@ -34,14 +33,15 @@ def rank_body(schema: Schema, limit: int, optional: Collection[str]) -> Json:
     return {"schema": body, "example": example | ({"time": _MOMENT.isoformat()} if schema.date_columns else {})}
 
 
-def predict_body(schema: Schema, limit: int) -> Json:
-    """What /predict takes, and an example."""
+def predict_body(schema: Schema, limit: int, optional: Collection[str]) -> Json:
+    """What /predict takes, and an example; `limit` is the most rows, `optional` what may be left out."""
     fields = {field.name: _value(schema, field) for field in schema.served_fields}
     times = {"oneOf": _TIME, "nullable": True, "description": EXPECTED}
     fields |= dict.fromkeys(time_columns(schema), times)
     row = {field.name: _example(schema, field) for field in schema.served_fields}
     row |= dict.fromkeys(time_columns(schema), _MOMENT.timestamp())
-    return {"schema": object_of({"rows": _rows(fields, limit)}, required=["rows"]), "example": {"rows": [row]}}
+    body = object_of({"rows": _rows(fields, limit)}, required=["rows"]) | _fetched(optional)
+    return {"schema": body, "example": {"rows": [row]}}
 
 
 def rank_answer() -> Json:
@@ -78,6 +78,10 @@ def object_of(properties: dict[str, Json], required: list[str] | None = None) ->
     """The JSON schema of an object with these keys and no others."""
     schema: Json = {"type": "object", "properties": properties, "additionalProperties": False}
     return schema | ({"required": required} if required else {})
+
+
+def _fetched(optional: Collection[str]) -> Json:
+    return {"description": f"Fetched where left out: {', '.join(optional)}"} if optional else {}
 
 
 def _rows(fields: dict[str, Json], limit: int) -> Json:

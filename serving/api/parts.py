@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from features.columns import Rows
 from features.schema import Schema
 from serving.api.admission import Admission
+from serving.api.bodies import Room
 from serving.api.requests import RankRequest
 from serving.bundle import Bundle
 from serving.calibration import ScoreN
@@ -126,6 +127,7 @@ class Parts:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.limits, self.watch.queue)
+        self.room = Room(self.settings.limits)
 
     @property
     def ready(self) -> bool:

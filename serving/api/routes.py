@@ -102,12 +102,13 @@ async def _scored(work: Work, parts: Parts, request: Request) -> Response:
         raise ApiError(503, "not_ready", "no model is ready", retry_after=1)
     form = form_of(request)
     parts.admission.arrive()
-    body = await read_body(request, parts.settings.limits)
-    trace.lap("parse")
     to_arrow = wants_arrow(request)
-    answer = await parts.admission.run(
-        lambda: work(parts, trace, body, form, to_arrow), trace.started, partial(gone, request)
-    )
+    with parts.room.share() as take:
+        body = await read_body(request, parts.settings.limits, take)
+        trace.lap("parse")
+        answer = await parts.admission.run(
+            lambda: work(parts, trace, body, form, to_arrow), trace.started, partial(gone, request)
+        )
     afterwards = BackgroundTask(_afterwards, parts, trace, answer)
     return Response(answer.body, media_type=answer.media_type, background=afterwards)
 

@@ -1,7 +1,7 @@
 """A served request as rows that `masknet prepare` reads: raw values as they were sent, and what was answered."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,6 +40,7 @@ class LogRows:
     """
 
     schema: Schema
+    _guesses: dict[str, RawField] = field(default_factory=dict, init=False)  # of the others, once a value has come
 
     def of(self, trace: Trace, at: datetime) -> pa.Table:
         """A row per candidate, the context in each."""
@@ -68,7 +69,16 @@ class LogRows:
     def _specs(self, context: Mapping[str, Any], per_row: Mapping[str, Any]) -> dict[str, RawField]:
         known: dict[str, RawField] = {field.name: field for field in self.schema.served_fields}
         others = [name for name in [*context, *per_row] if name not in known and name not in self._times]
-        return known | {name: _guessed(name, per_row.get(name, [context.get(name)])) for name in others}
+        return known | {name: self._guess(name, per_row.get(name, [context.get(name)])) for name in others}
+
+    def _guess(self, name: str, values: Sequence[Any] | pa.ChunkedArray) -> RawField:
+        """The same for all requests: a file's rows are of one kind, and a request without values shows none."""
+        if name in self._guesses:
+            return self._guesses[name]
+        guessed = _guessed(name, values)
+        if any(value is not None for value in (values.to_pylist() if isinstance(values, pa.ChunkedArray) else values)):
+            self._guesses[name] = guessed
+        return guessed
 
 
 def _by_name(columns: Mapping[str, Any] | pa.Table) -> dict[str, Any]:

@@ -138,9 +138,6 @@ class RankingEngine:
             return None
         return max(backend.bound for member in self.members for backend in (member.whole, member.split))
 
-    def close(self) -> None:
-        """Nothing is held but memory."""
-
     def predict(self, rows: Rows, trace: Trace | None = None) -> ScoreN:
         """Scores [N] of rows that have every field that is sent, and the columns that date fields read.
 

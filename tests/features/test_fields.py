@@ -290,3 +290,11 @@ def test_pandas_frames_hold_lists_as_arrays() -> None:
 def test_half_precision_ids_are_text_like_any_other() -> None:
     pipeline = fit([{"name": "a", "type": "categorical", "min_count": 1}], {"a": ["7"]})
     assert pipeline.encode({"a": np.array([7, 8], np.float16)})["a"].to_pylist() == [2, 1]
+
+
+def test_a_table_of_no_batches_has_no_rows() -> None:
+    fields = [{"name": "a", "type": "categorical"}, {"name": "n", "type": "numeric"}, {"name": "l", "type": "list"}]
+    pipeline = fit(fields, {"a": ["x"] * 10, "n": [1.0] * 10, "l": [["y"]] * 10})
+    schema = pa.schema([("a", pa.large_string()), ("n", pa.float64()), ("l", pa.large_list(pa.string()))])
+    encoded = pipeline.encode(pa.Table.from_batches([], schema))
+    assert (encoded.column_names, encoded.num_rows) == (["a", "n", "l"], 0)

@@ -191,6 +191,15 @@ def test_files_end_by_rows_and_by_fields_and_the_newest_are_kept(
     assert [more[name].to_pylist()[0] for name in ("plan", "spent", "seen")] == ["gold", 2.5, ["i", "j"]]
 
 
+def test_fields_of_a_later_model_are_of_one_kind(start: Callable[..., PredictionLogWriter], folder: Path) -> None:
+    log = start()
+    for number, spent in enumerate([2.5, None, 3, None, 0.5]):
+        log.offer(asked(str(number), context={"user": "ann", "spent": spent}))
+    log.close()
+    (file,) = folder.iterdir()
+    assert pq.read_table(file)["spent"].to_pylist()[::3] == [2.5, None, 3.0, None, 0.5]
+
+
 def test_a_file_ends_by_time(start: Callable[..., PredictionLogWriter], folder: Path) -> None:
     log = start(file_seconds=0.05)
     log.offer(asked())

@@ -13,6 +13,7 @@ from serving.api.parts import OneModel, Parts
 from serving.api.routes import create_app
 from serving.bundle import Bundle
 from serving.ranking.engine import RankingEngine
+from serving.settings import ServeSettings
 
 CONTEXT = {"user_id": "13", "age": 47, "gender": "M", "occupation": "educator"}
 CANDIDATES: dict[str, list[Any]] = {
@@ -207,3 +208,17 @@ def test_documented_examples_are_answered(client: TestClient) -> None:
     for path in ("/rank", "/predict"):
         example = docs["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
         assert client.post(path, json=example).status_code == 200, example
+
+
+def test_what_is_fetched_where_left_out_is_documented(bundle: Bundle) -> None:
+    class Empty:
+        def fill(self, context: Any, columns: Any) -> None: ...
+        def close(self) -> None: ...
+
+    store = {"kind": "parquet", "url": "users.parquet", "key": "user_id", "fields": ["age", "gender"]}
+    settings = ServeSettings.model_validate({"store": store})
+    app = create_app(Parts(OneModel(RankingEngine(bundle, "1")), settings, filler=Empty()))
+    paths = TestClient(app).get("/docs.json").json()["paths"]
+    for path in ("/rank", "/predict"):
+        body = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["description"] == "Fetched where left out: age, gender"
