@@ -9,6 +9,7 @@ import os
 import bentoml
 
 from features.schema import Schema
+from serving.api.admission import COMPUTE_SECONDS
 from serving.api.auth import Tokens
 from serving.api.drain import drain_on_sigterm
 from serving.api.gate import Gate
@@ -20,12 +21,12 @@ from serving.monitoring.metrics import Watch
 from serving.settings import VARIABLE, ServeSettings
 from serving.trace import Trace
 
-_FINISH_SECONDS = 10.0  # for computing one request, and for a worker's end beside what is in flight
+_SPARE_SECONDS = 2.0  # beyond our own limits, whose errors have our body
 settings = ServeSettings.model_validate_json(os.environ.get(VARIABLE, "{}"))
 tokens = Tokens.of(os.environ)
 app = create_app()
 _limits = settings.limits
-_longest = _limits.body_seconds + _limits.deadline_ms / 1e3 + _FINISH_SECONDS
+_longest = _limits.body_seconds + _limits.deadline_ms / 1e3 + COMPUTE_SECONDS + _SPARE_SECONDS
 
 
 class _Log:

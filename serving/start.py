@@ -4,7 +4,6 @@ import os
 import shlex
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ from features.validation import load_yaml, override, validate
 from serving.api.auth import Tokens
 from serving.bundle import Bundle
 from serving.golden import GOLDEN_FILE
+from serving.home import make_home
 from serving.life.asks import asks_of, require_alike
 from serving.life.opening import Opened, Opener
 from serving.life.shares import require_key
@@ -81,8 +81,7 @@ def check_models(settings: ServeSettings) -> Opened:
 
 def environment(settings: ServeSettings) -> dict[str, str]:
     """What the server's processes find in their environment."""
-    # BentoML keeps metrics in its home, and empties that folder at its start: two servers must not share one.
-    home = os.environ.get("BENTOML_HOME") or tempfile.mkdtemp(prefix="masknet-serve-")  # nobody else's to write to
+    home = os.environ.get("BENTOML_HOME") or str(make_home())
     mine = {VARIABLE: settings.model_dump_json(), "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": home}
     return {**os.environ, **mine}
 

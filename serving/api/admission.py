@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from serving.api.errors import ApiError
@@ -19,6 +21,7 @@ T = TypeVar("T")
 _SHORT = 2  # waiting requests per thread under overload: with its own a request then takes three service times at most
 _MEMORY = 20  # service times over which the load is taken
 _BLEND = 0.1  # weight of a new service time in their mean
+COMPUTE_SECONDS = 10.0  # after which a request that computes is given up: its client gets an error, its thread goes on
 
 
 class Gone(Exception):
@@ -29,9 +32,14 @@ class Admission:
     """The queue of one worker. All methods are called in its event loop."""
 
     def __init__(
-        self, limits: Limits, told: Callable[[int], None], clock: Callable[[], float] = time.perf_counter
+        self,
+        limits: Limits,
+        told: Callable[[int], None],
+        clock: Callable[[], float] = time.perf_counter,
+        compute_seconds: float = COMPUTE_SECONDS,
     ) -> None:
         """`told` hears how many requests wait whenever that changes."""
+        self._longest = limits.deadline_ms / 1e3 + compute_seconds
         self._limits = limits
         self._told = told
         self._clock = clock
@@ -69,20 +77,24 @@ class Admission:
             gone: returns once the client has closed the connection.
 
         Raises:
-            ApiError: 429 or 503 where `work` was not begun.
+            ApiError: 429 or 503 where `work` was not begun, 503 where it takes longer than anybody waits.
             Gone: likewise, for want of a client.
         """
         self._require_place(self._clock(), arrived)
         future = self._pool.submit(self._timed, work)
-        done = asyncio.wrap_future(future)
         self._count(1)
+        # Its place is free when its thread is, whoever still waits for it; that is counted before anybody hears of it.
+        future.add_done_callback(partial(self._leave, asyncio.get_running_loop()))
+        done = asyncio.wrap_future(future)
         try:
-            if self.waiting:
-                await self._turn(future, done, arrived, gone)
-            return await done
+            async with asyncio.timeout(self._longest):
+                if self.waiting:
+                    await self._turn(future, done, arrived, gone)
+                return await done
+        except TimeoutError:
+            raise ApiError(503, "too_slow", "the request takes too long to compute", retry_after=1) from None
         finally:
-            done.cancel()  # of consequence only where this task was cancelled
-            self._count(-1)
+            done.cancel()  # of consequence only where this task was given up
 
     def close(self) -> None:
         """Let the threads end; what computes is finished."""
@@ -119,6 +131,10 @@ class Admission:
         finally:
             seconds = self._clock() - start
             self._service += (seconds - self._service) * (_BLEND if self._service else 1.0)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop, _: object) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and nobody counts
+            loop.call_soon_threadsafe(self._count, -1)
 
     def _count(self, change: int) -> None:
         before = self.waiting

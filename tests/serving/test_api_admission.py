@@ -156,3 +156,19 @@ def test_errors_of_the_work_are_the_callers() -> None:
         admission.close()
 
     asyncio.run(run())
+
+
+def test_what_computes_too_long_is_given_up_and_keeps_its_place_until_its_thread_is_free() -> None:
+    async def run() -> None:
+        bench = Bench(concurrency=1, queue=0, deadline_ms=50)
+        bench.admission = Admission(Limits(concurrency=1, queue=0, deadline_ms=50), bench.told.append, bench.clock, 0.1)
+        slow = bench.ask("slow")
+        await asyncio.sleep(0.3)
+        assert code(slow) == (503, "too_slow", 1)
+        with pytest.raises(ApiError, match="wait already"):
+            bench.admission.arrive()
+        bench.go.set()
+        await asyncio.sleep(0.1)
+        assert await bench.ask("next") == "next"
+
+    asyncio.run(run())

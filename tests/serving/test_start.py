@@ -61,6 +61,11 @@ def test_each_server_has_a_home_that_nobody_else_can_write_to(monkeypatch: pytes
     homes = {environment(ServeSettings())["BENTOML_HOME"] for _ in range(2)}
     assert {Path(home).stat().st_mode & 0o777 for home in homes} == {0o700}
     assert len(homes) == 2
+    left = tmp_path / "masknet-serve-ended"  # whose process holds no lock any more
+    left.mkdir()
+    (left / "running").touch()
+    third = environment(ServeSettings())["BENTOML_HOME"]
+    assert {str(folder) for folder in tmp_path.iterdir()} == {*homes, third}
     monkeypatch.setenv("BENTOML_HOME", "/elsewhere")
     assert environment(ServeSettings())["BENTOML_HOME"] == "/elsewhere"
 
