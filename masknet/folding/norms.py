@@ -13,7 +13,7 @@ from masknet.activations import ACTIVATIONS
 from masknet.folding.fields import select_fields
 from masknet.folding.packed import PackedLinear
 from masknet.kernels import dispatch
-from masknet.kernels.limits import WIDEST_HIDDEN
+from masknet.kernels.limits import WIDEST_FIELD, WIDEST_HIDDEN
 from masknet.norms.base import Affine, Formula, Norm, RowNorm
 from masknet.norms.rms import RMSNorm
 
@@ -45,6 +45,7 @@ class FoldedNorm(nn.Module):
         bare = self.scale is None and self.shift is None
         alike = bare and isinstance(norm, RowNorm) and norm.kind in ("layer", "rms", "l1", "variance_only")
         self._by_row = alike or any(len(shape) == 1 for shape in shapes)
+        self._by_field = not self._by_row and (norm is None or isinstance(norm, RowNorm))
 
     def forward(self, x: torch.Tensor, hidden: Sequence[torch.Tensor] = (), activation: str = "none") -> torch.Tensor:
         """What is left of the norm of x [N, *shape], then the activation.
@@ -61,6 +62,10 @@ class FoldedNorm(nn.Module):
             eps = self.norm.eps if self.norm else 1.0
             fused = dispatch.hidden_norm_act(self.formula(x), x.flatten(0, -2), eps, inside)
             return activated(fused.view(x.shape), "none" if inside == "relu" else activation)
+        if self._by_field and x.dim() == 3 and dispatch.takes_kernel("embedding_norm_mask", x, WIDEST_FIELD, self.norm):
+            eps = self.norm.eps if self.norm else 1.0
+            pending = dispatch.PendingNorm(self.formula(x), eps, x)
+            return activated(dispatch.masked(x.new_ones(()), pending).view(x.shape), activation)
         if x.dtype in _LOW:
             return activated(self.normalized(x.float(), hidden), activation).to(x.dtype)
         return activated(self.normalized(x, hidden), activation)
