@@ -93,7 +93,9 @@ def test_a_scoring_killed_again_and_again_ends_bit_for_bit_the_same(bundle: Bund
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_how_to_go_on(bundle: Bundle, rows: Path, tmp_path: Path, number: signal.Signals) -> None:
-    out = tmp_path / "out"
+    out, more = tmp_path / "out", 10  # times the rows, so that a signal comes long before the end
+    header, *lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([header, *lines * more]) + "\n")
     process = start(bundle, rows, out)
     wait_for_more(process, out, 3)
     process.send_signal(number)
@@ -102,7 +104,7 @@ def test_a_signal_ends_it_with_how_to_go_on(bundle: Bundle, rows: Path, tmp_path
     assert "Traceback" not in log
     assert not out.exists()
     finish(start(bundle, rows, out, "--resume"))
-    assert pq.read_table(out).num_rows == ROWS
+    assert pq.read_table(out).num_rows == more * ROWS
 
 
 def test_a_wrong_row_is_one_line(bundle: Bundle, rows: Path, tmp_path: Path) -> None:
