@@ -1,5 +1,6 @@
 """Files that are either whole or absent: write aside, then rename."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -87,3 +88,23 @@ def file_written_whole(target: Path) -> Iterator[Path]:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """For the length of a block no other process works in the folder, which is made; one that dies lets go of it.
+
+    Raises:
+        InputError: another process, which runs `command`, works in it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder} is in use by another {command}") from None
+        yield

@@ -76,6 +76,10 @@ class Bundle:
         """SHA-256 of manifest.json, and through it of everything."""
         return sha256_file(self.path / MANIFEST)
 
+    def version(self, registered: str | None) -> str:
+        """What users call this model: its version in the registry, or outside one part of its digest."""
+        return registered or self.digest[:12]
+
 
 def tables_of(pipeline: FeaturePipeline) -> tuple[Table, ...]:
     """The embedding tables that a pipeline's fields need: one per field that owns an encoder of ids, in their order."""

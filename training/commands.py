@@ -111,14 +111,14 @@ def _open(model: str, against: str | None) -> tuple[_Opened, _Opened | None]:
     """The model and its rival; InputError where they are the same."""
     located = locate(model)
     bundle = load_bundle(located.path)
-    version = located.version or bundle.digest[:12]
+    version = bundle.version(located.version)
     if against is None:
         return _Opened(MODEL, bundle, version), None
     other = locate(against)
     rival = load_bundle(other.path)
     if rival.digest == bundle.digest:
         raise InputError(f"--against {against}: this is the model {model} itself")
-    opened = _Opened(_short(other.uri), rival, other.version or rival.digest[:12])
+    opened = _Opened(_short(other.uri), rival, rival.version(other.version))
     return _Opened(_short(located.uri), bundle, version), opened
 
 

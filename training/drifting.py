@@ -27,7 +27,7 @@ def run_drift(log: list[str], against: str, out: Path | None, threshold: float) 
     started = time.perf_counter()
     located = locate(against)
     bundle = load_bundle(located.path)
-    version = located.version or bundle.digest[:12]
+    version = bundle.version(located.version)
     out = out or Path("runs") / "drift" / f"{bundle.name}-{version}"
     try:
         out.mkdir(parents=True, exist_ok=True)

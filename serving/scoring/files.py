@@ -4,7 +4,6 @@ What is done so far lies beside the output, in `.NAME.partial`: the plan, and th
 output appears when it is whole, so a folder that is there has every row exactly once.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -19,7 +18,7 @@ import torch
 
 from features.engines import Engine, LocalEngine
 from features.errors import InputError
-from features.files import require_absent
+from features.files import alone, require_absent
 from features.prepare import Progress, first_lines, require_few_bad, write_quarantine
 from features.stages import Job, Scanned
 from serving.bundle import Bundle
@@ -70,14 +69,14 @@ def score_files(
     """
     if columns is not None and (twice := [name for name in columns if columns.count(name) > 1]):
         raise InputError(f"--columns names {twice[0]!r} twice")
-    plan = Plan.of(bundle, version or bundle.digest[:12], sources, columns)
+    plan = Plan.of(bundle, bundle.version(version), sources, columns)
     work = out.absolute().with_name(f".{out.name}.partial")
     if resume and (finished := _finished(out, work, plan)) is not None:
         return finished
     require_absent(out)
     if work.exists() and not resume:
         raise InputError(f"an unfinished scoring of {out} lies in {work}: go on with --resume, or remove it")
-    with _alone(work):
+    with alone(work, "masknet score"):
         _begin(plan, work)
         job = Job(bundle.schema, plan.sources, plan.units, work / "bad")
         task = Task(job, work / "parts", plan.digest, columns, plan.facts["model"])
@@ -119,6 +118,7 @@ def _score(task: Task, bundle: Bundle, engine: Engine | None, max_bad_rows: floa
     total = len(task.job.units)
     found = {unit: done for unit in range(total) if (done := done_already(task, unit)) is not None}
     todo = [unit for unit in range(total) if unit not in found]
+    bad = any(done.bad for done in found.values())
     progress("scoring", len(found), total)
     with (
         _function(task, bundle, engine) as (runs, function),
@@ -128,7 +128,8 @@ def _score(task: Task, bundle: Bundle, engine: Engine | None, max_bad_rows: floa
             if done is not None:
                 found[done.unit] = done
                 progress("scoring", len(found), total)
-                if not max_bad_rows:  # then the first bad row ends it, once all rows before it are known
+                bad = bad or done.bad > 0
+                if bad and not max_bad_rows:  # then the first bad row ends it, once all rows before it are known
                     _require_few_bad(task.job, found, max_bad_rows)
     _require_few_bad(task.job, found, max_bad_rows)
     return [found[unit] for unit in range(total)]
@@ -185,19 +186,3 @@ def _finish(task: Task, found: list[Scanned], out: Path) -> Scored:
     task.parts.replace(out)
     shutil.rmtree(task.parts.parent)
     return Scored(sum(part.rows for part in found), bad)
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """For the length of a block no other process works in the folder; one that dies lets go of it."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{work} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{work} is in use by another masknet score") from None
-        yield

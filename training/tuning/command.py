@@ -12,7 +12,6 @@ OUT/
   lock                held while a command works here
 """
 
-import fcntl
 import re
 import signal
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from rich.console import Console
 
 from features.dataset import PreparedDataset
 from features.errors import InputError
-from features.files import file_written_whole
+from features.files import alone, file_written_whole
 from training.ablation.study import digest_of
 from training.calibration import require_calibratable
 from training.config import NAME, Config, load_config, save_config
@@ -82,7 +81,7 @@ def run_tune(options: TuneOptions, console: Console) -> tuple[Answer, list[dict[
     if changed := question.space.changed():
         told = f"trial 0 is only the nearest to {options.config} in {question.space.source}: {told_changes(changed)}"
         teller(console)(told)
-    with _interruptible(), _alone(question.out):
+    with _interruptible(), alone(question.out, "masknet tune"):
         study = open_study(question)
         tracked = TrackedStudy(question.name, config, question.space, question.out, teller(console))
         tracked.open()
@@ -177,19 +176,3 @@ def _interruptible() -> Iterator[None]:
         raise Stopped("stopped; the same command goes on with what is done") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """For the length of a block no other process works in `out`; a process that dies lets go of it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out} is in use by another masknet tune") from None
-        yield
