@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from features.errors import InputError
-from features.files import sha256_file
 from serving.life.cache import ModelCache, default_folder
 from serving.life.cores import lower_priority, usable_cores
-from serving.manifest import MANIFEST
 from serving.models import (
     NotRegistered,
     Registered,
@@ -126,7 +124,7 @@ class Opener:
         settings = self._settings
         return RankingEngine.load(
             path,
-            version or _digest(path),
+            version,
             backend=settings.backend,
             tables=settings.tables,
             device=settings.device,
@@ -143,9 +141,3 @@ class Opener:
             raise InputError(f"model {model!r}: {reason}, and the copy of {known.uri} is damaged") from None
         tell(f"{reason}; {model} is served from the cache, as {known.uri}")
         return Opened(engine, known, "cache")
-
-
-def _digest(path: Path) -> str:
-    """What a bundle outside a registry is called; what is no bundle is told of when it is loaded."""
-    file = path / MANIFEST
-    return sha256_file(file)[:12] if file.is_file() else ""

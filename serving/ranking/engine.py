@@ -84,7 +84,7 @@ class RankingEngine:
     def load(
         cls,
         path: Path,
-        version: str,
+        version: str | None,
         *,
         backend: Kind = "exact",
         tables: Precision = "fp32",
@@ -93,13 +93,14 @@ class RankingEngine:
     ) -> "RankingEngine":
         """Open a bundle, and answer its golden rows as requests are answered before anybody else's.
 
-        With tables in fp16 or int8 those in fp32 are let go: the bundle's own scorer has none afterwards.
+        With tables in fp16 or int8 those in fp32 are let go: the bundle's own scorer has none afterwards. Outside a
+        registry `version` is None, and part of the digest counts.
 
         Raises:
             InputError: as `load_bundle` and the constructor do, or a golden row gets another score.
         """
         bundle = load_bundle(path)
-        engine = cls(bundle, version, backend=backend, tables=tables, device=device, threads=threads)
+        engine = cls(bundle, bundle.version(version), backend=backend, tables=tables, device=device, threads=threads)
         warm_up(engine)
         if tables != "fp32":
             for model in bundle.scorer.models:
