@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from mlflow.models import Model
 from rich.console import Console
 
 from tests.mlflow_server import PATIENCE, Server
@@ -20,6 +21,14 @@ from training.tracking import run as run_module
 from training.tracking.opening import open_run
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("own_store")]
+
+SCHEMA = """
+name: clicks
+label: {column: click}
+fields:
+  - {name: user_id, type: categorical}
+  - {name: price, type: numeric}
+"""
 
 
 class Gate:
@@ -74,9 +83,10 @@ def data(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """What stands for a bundle: the registry stores files and looks at none of them."""
+    """What stands for a bundle: of its files the registry reads the schema, for the model's signature."""
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    (tmp_path / "bundle" / "schema.yaml").write_text(SCHEMA)
     return tmp_path / "bundle"
 
 
@@ -129,6 +139,7 @@ def test_numbers_files_and_the_model_arrive(server: Server, data: dict[str, Any]
     assert runs_in(server, "answers") == [run.run_id]
     folder = Path(mlflow.artifacts.download_artifacts("models:/answers/1", dst_path=str(tmp_path / "found")))
     assert (folder / "artifacts" / "bundle" / "manifest.json").read_text() == "{}"
+    assert sorted(Model.load(str(folder)).signature.inputs.input_names()) == ["price", "user_id"]
 
 
 def test_a_server_that_is_killed_and_comes_back_gets_everything(
