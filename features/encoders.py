@@ -21,6 +21,7 @@ MISSING, UNKNOWN, FIRST = 0, 1, 2
 Ids = npt.NDArray[np.int64]
 FloatN = npt.NDArray[np.float64]
 BoolN = npt.NDArray[np.bool_]
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Encoder(Protocol):
@@ -216,18 +217,20 @@ class Scale:
 
     def of(self, numbers: FloatN) -> npt.NDArray[np.float32]:
         """Values of finite numbers."""
-        if self.rule == "log1p":
-            numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-        with np.errstate(over="ignore"):
-            scaled = (numbers - self.shift) / self.scale
-        if self.rule == "minmax":
-            scaled = np.clip(scaled, 0.0, 1.0)
-        limit = float(np.finfo(np.float32).max)
-        found: npt.NDArray[np.float32] = np.clip(scaled, -limit, limit).astype(np.float32)
-        return found
+        return scaled(self.rule, numbers, self.shift, self.scale)
 
     def state(self) -> dict[str, Any]:
         return {"rule": self.rule, "shift": self.shift, "scale": self.scale}
+
+
+def scaled(rule: str, numbers: FloatN, shift: FloatN | float, scale: FloatN | float) -> npt.NDArray[np.float32]:
+    """(f(x) − shift) / scale of finite numbers, as `Scale` has it; shift and scale may be one for each number."""
+    if rule == "log1p":
+        numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
+    with np.errstate(over="ignore"):
+        found = (numbers - shift) / scale
+    low, high = (0.0, 1.0) if rule == "minmax" else (-_LARGEST, _LARGEST)
+    return np.minimum(np.maximum(found, low), high).astype(np.float32)
 
 
 def whole_numbers(text: pa.Array) -> Ids:

@@ -14,8 +14,8 @@ class Lookup:
 
     def __init__(self, vocabularies: list[Vocabulary]) -> None:
         # what tells equal values of different vocabularies apart
-        self._salts = mix(np.arange(1, len(vocabularies) + 1, dtype=np.uint64))
-        hashes = [hash_text(v.values) ^ salt for v, salt in zip(vocabularies, self._salts, strict=True)]
+        self.salts = mix(np.arange(1, len(vocabularies) + 1, dtype=np.uint64))
+        hashes = [hash_text(v.values) ^ salt for v, salt in zip(vocabularies, self.salts, strict=True)]
         ids = [np.arange(FIRST, FIRST + len(hash_V), dtype=np.int32) for hash_V in hashes]
         nothing = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         self._index = HashIndex(np.concatenate(hashes or nothing[0]), np.concatenate(ids or nothing[1]), UNKNOWN)
@@ -25,12 +25,16 @@ class Lookup:
         """Bytes of the index, beside the vocabularies' values."""
         return self._index.nbytes
 
+    def of_salted(self, hash_N: HashN) -> IdN:
+        """Ids of hashed values, each with its vocabulary's salt (xor); none of the values is missing."""
+        return self._index.find(hash_N)
+
     def find(self, asked: list[tuple[int, HashN]]) -> list[IdN]:
         """Ids of hashed values, for each pair of a vocabulary's number and hashes; none of the values is missing."""
         if not asked:
             return []
         counts = [len(hash_N) for _, hash_N in asked]
-        salt_N = np.repeat(self._salts[[number for number, _ in asked]], counts)
+        salt_N = np.repeat(self.salts[[number for number, _ in asked]], counts)
         id_N = self._index.find(np.concatenate([hash_N for _, hash_N in asked]) ^ salt_N)
         ends = np.cumsum(counts).tolist()
         return [id_N[end - count : end] for end, count in zip(ends, counts, strict=True)]

@@ -7,7 +7,7 @@ to the pipeline, which says what is wrong.
 Legend: N rows, M items of a field, K ids of a field with those that stand for empty lists.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 from features.arrays import filled
 from features.columns import as_table, canonical
 from features.crosses import Part, cross_ids
-from features.encoders import MISSING, Cross, DatePart, Identity, LogBucket, Managed, Quantile, Scale
+from features.encoders import MISSING, Cross, DatePart, Hash, Identity, Managed
 from features.fields import CategoricalField, CrossField, DateField, ListField, NumericField
-from features.online_columns import Column, UnusualError, numbers
+from features.online_columns import Column, UnusualError
+from features.online_numbers import Numbers
 from features.online_text import Texts
 from features.pipeline import FeaturePipeline, FittedField
 
@@ -85,17 +86,27 @@ class OnlineEncoder:
         self.pipeline = pipeline
         served = [field for field in pipeline.fields if not getattr(field.spec, "training_only", None)]
         self._texts = [field for field in served if isinstance(field.spec, (CategoricalField, ListField))]
-        self._numbers = [field for field in served if isinstance(field.spec, NumericField)]
+        numeric = [field for field in served if isinstance(field.spec, NumericField)]
+        self._numbers = Numbers(numeric)
+        self._specs = [field.spec for field in self._texts if isinstance(field.spec, (CategoricalField, ListField))]
+        self._kinds = [field.encoder.kind for field in self._texts]
+        self._whole = [place for place, field in enumerate(self._texts) if isinstance(field.encoder, Identity)]
+        self._salt_F = pipeline.salts([field.name for field in self._texts])
         self._dates = [(field, field.spec) for field in served if isinstance(field.spec, DateField)]
         self._crosses = [(field, field.spec) for field in served if isinstance(field.spec, CrossField)]
+        crossed = {name for _, spec in self._crosses for name in spec.of}
+        self._parted = [place for place, f in enumerate(self._texts) if f.is_list or f.name in crossed]
         self._fixed = Encoded.of(pa.table(pipeline.served_defaults))
-        self._columns = [
-            *(field.name for field in (*self._texts, *self._numbers)), *(spec.from_ for _, spec in self._dates)
-        ]  # fmt: skip
+        self._sent = frozenset(field.name for field in (*self._texts, *numeric))
+        self._columns = self._sent.union(spec.from_ for _, spec in self._dates)
+        self._shared = lru_cache(maxsize=64)(self._shared_by)
 
-    def shared(self, columns: Collection[str]) -> frozenset[str]:
+    def shared(self, columns: Iterable[str]) -> frozenset[str]:
         """The fields that all rows share where they share these columns: derived ones if all that they read is."""
-        fields = {field.name for field in (*self._texts, *self._numbers) if field.name in columns}
+        return self._shared(frozenset(columns))
+
+    def _shared_by(self, columns: frozenset[str]) -> frozenset[str]:
+        fields = set(self._sent.intersection(columns))
         fields |= {field.name for field, spec in self._dates if spec.from_ in columns}
         crossed = {field.name for field, spec in self._crosses if fields.issuperset(spec.of)}
         return frozenset(fields | crossed | self._fixed.ids.keys() | self._fixed.values.keys())
@@ -106,11 +117,12 @@ class OnlineEncoder:
         Raises:
             InputError: a column is of a type that can never hold its field.
         """
-        if not columns.keys() >= set(self._columns):
+        if not columns.keys() >= self._columns:
             return None
         try:
             ids, parts = self._of_text(columns)
-            values = self._of_numbers(columns, ids)
+            values, buckets = self._numbers.encode(columns)
+            ids |= {name: Ids(ids_N) for name, ids_N in buckets.items()}
             for field, date in self._dates:
                 ids[field.name] = Ids(_of_time(field, date, columns[date.from_]))
         except UnusualError:
@@ -124,42 +136,29 @@ class OnlineEncoder:
         return Encoded(ids | self._fixed.ids, values | self._fixed.values)
 
     def _of_text(self, columns: Mapping[str, Column]) -> tuple[dict[str, Ids], dict[str, Part]]:
-        """Ids of the fields with text, without any for empty lists, and their hashes."""
+        """Ids of the fields with text, without any for empty lists, and hashes of lists and of what crosses read."""
         fields = self._texts
         if not fields:
             return {}, {}
-        specs = [field.spec for field in fields]
-        texts = Texts([columns[f.name] for f in fields], specs, [f.encoder.kind for f in fields])  # type: ignore[arg-type]
-        parts = {field.name: texts.part(place) for place, field in enumerate(fields)}
-        found = self.pipeline.text_ids({name: part.hash_M for name, part in parts.items()})
-        for name in found if texts.any_missing else ():
-            found[name][parts[name].missing_M] = MISSING  # lists keep none
-        whole = [place for place, field in enumerate(fields) if isinstance(field.encoder, Identity)]
-        if whole:
-            for place, number_M in zip(whole, texts.whole_numbers(whole), strict=True):
+        texts = Texts([columns[field.name] for field in fields], self._specs, self._kinds)
+        # Of all values at once, those of fields without a vocabulary too, which finds nothing: fewer calls.
+        id_M = self.pipeline.lookup.of_salted(texts.hash_M ^ np.repeat(self._salt_F[texts.order], texts.counts))
+        if texts.any_missing:
+            id_M[texts.missing_M] = MISSING  # lists keep none
+        ids = {}
+        for place, field in enumerate(fields):
+            encoder = field.encoder
+            if isinstance(encoder, (Hash, Managed)):
+                found_M = encoder.encode(texts.of(place, texts.hash_M))
+                ids[field.name] = Ids(np.where(texts.of(place, texts.missing_M), MISSING, found_M))
+            elif not isinstance(encoder, Identity):
+                ids[field.name] = Ids(texts.of(place, id_M))
+        if self._whole:
+            for place, number_M in zip(self._whole, texts.whole_numbers(self._whole), strict=True):
                 encoder = fields[place].encoder
                 assert isinstance(encoder, Identity)
-                found[fields[place].name] = encoder.of(number_M)
-        return {name: Ids(ids_M) for name, ids_M in found.items()}, parts
-
-    def _of_numbers(self, columns: Mapping[str, Column], ids: dict[str, Ids]) -> dict[str, FloatN]:
-        """Values of numeric fields; those with ids go into `ids`."""
-        values: dict[str, FloatN] = {}
-        for field in self._numbers:
-            number_N = numbers(columns[field.name])
-            missing_N = np.isnan(number_N)
-            gaps = bool(missing_N.any())
-            if gaps:
-                number_N = np.where(missing_N, 0.0, number_N)
-            encoder = field.encoder
-            if isinstance(encoder, Scale):
-                values[field.name] = encoder.of(number_N)
-                if gaps:
-                    values[field.name][missing_N] = np.nan
-            else:
-                assert isinstance(encoder, (Quantile, LogBucket))
-                ids[field.name] = Ids(encoder.of(number_N, missing_N))
-        return values
+                ids[fields[place].name] = Ids(encoder.of(number_M))
+        return ids, {fields[place].name: texts.part(place) for place in self._parted}
 
 
 def _ids(ids_M: npt.NDArray[np.integer], lengths_N: LengthsN | None) -> Ids:

@@ -4,23 +4,26 @@ Legend: M items of a field (one a row, or as many as its lists hold), N rows.
 """
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from contextlib import suppress
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.columns import as_strings, canonical, clean_text, kept_items
+from features.columns import Canonical, as_strings, canonical, clean_text, kept_items
 from features.crosses import Part
 from features.encoders import whole_numbers
 from features.fields import CategoricalField, ListField
-from features.hashing import HashN, hash_text
+from features.hashing import hash_text
 from features.online_columns import Column, UnusualError, arrow
 from features.short_hashes import LONGEST, hash_short
+from features.utf8 import sound_text, text_bytes
 
 LengthsN = npt.NDArray[np.int64]
+T = TypeVar("T", bound=np.generic)
 
 _LARGEST_TEXT = 2**31 - 1  # bytes of a pa.StringArray
 _MOST_DIGITS = 18
@@ -43,35 +46,54 @@ class Texts:
         self, columns: Sequence[Column], specs: Sequence[CategoricalField | ListField], kinds: Sequence[str]
     ) -> None:
         given = [_items(*each) for each in zip(columns, specs, kinds, strict=True)]
-        lists_first = sorted(range(len(given)), key=lambda place: not isinstance(given[place][0], list))
-        pieces = [given[place][0] for place in lists_first]
+        self.order = sorted(range(len(given)), key=lambda place: not isinstance(given[place][0], list))  # lists first
+        pieces = [given[place][0] for place in self.order]
+        self.counts = [len(piece) for piece in pieces]
         self._specs, self._lengths = specs, [lengths for _, lengths in given]
-        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        ends = list(accumulate(self.counts))
         spans = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self._spans = [span for _, span in sorted(zip(lists_first, spans, strict=True))]
-        self._text: pa.Array | None = None
+        self._spans = dict(zip(self.order, spans, strict=True))
         lists = [piece for piece in pieces if isinstance(piece, list)]
         self._joined = _joined(lists)
-        if len(lists) == len(pieces) and self._joined.is_plain:
+        self._text: pa.Array | None = None
+        if len(lists) < len(pieces):
+            self._text = pa.concat_arrays([self._joined.array(), *pieces[len(lists) :]])
+            self._joined = _laid_out(self._text)
+        if self._joined.is_plain and (self._text is None or _is_sound(self._text)):
             self.hash_M = hash_short(*self._joined)
-            self._missing_M = self._joined.length_M == 0
+            self.missing_M = self._joined.length_M == 0
         else:
-            self._text = _cleaned(pa.concat_arrays([self._joined.array(), *pieces[len(lists) :]]))
-            self.hash_M = _hashed(self._text)
-            self._missing_M = self._text.is_null().to_numpy(zero_copy_only=False)
-        self.any_missing = bool(self._missing_M.any())
+            self._text = self._clean()
+            short = (pc.max(pc.binary_length(self._text)).as_py() or 0) <= LONGEST
+            self.hash_M = hash_short(*_laid_out(self._text)) if short else hash_text(self._text)
+            self.missing_M = self._text.is_null().to_numpy(zero_copy_only=False)
+        self.any_missing = bool(self.missing_M.any())
+        self._kept = {
+            place: self._kept_items(place) for place, lengths in enumerate(self._lengths) if lengths is not None
+        }
+
+    def of(self, place: int, item_M: npt.NDArray[T]) -> npt.NDArray[T]:
+        """A field's own of what there is for all items; of lists only for those that the field keeps."""
+        own_M = item_M[self._spans[place]]
+        kept_M = self._kept[place][0] if place in self._kept else None
+        return own_M if kept_M is None else own_M[kept_M]
 
     def part(self, place: int) -> Part:
-        """Hashes of a field's items, by its place in the columns; of lists only those that the field keeps."""
-        span = self._spans[place]
-        hash_M, missing_M = self.hash_M[span], self._missing_M[span]
-        lengths_N, spec = self._lengths[place], self._specs[place]
-        if lengths_N is None or not isinstance(spec, ListField):
-            return Part(hash_M, missing_M)
-        kept_M, lengths_N = kept_items(~missing_M if self.any_missing else None, lengths_N, spec)
-        if kept_M is not None:
-            hash_M, missing_M = hash_M[kept_M], missing_M[kept_M]
-        return Part(hash_M, missing_M, lengths_N)
+        """Hashes of a field's items, by its place in the columns."""
+        lengths_N = self._kept[place][1] if place in self._kept else None
+        return Part(self.of(place, self.hash_M), self.of(place, self.missing_M), lengths_N)
+
+    def _clean(self) -> pa.Array:
+        text = self._joined.array() if self._text is None else self._text
+        found = clean_text(text) if len(text) else Canonical(text)
+        if found.bad_N is not None:
+            raise UnusualError
+        return found.values
+
+    def _kept_items(self, place: int) -> tuple[npt.NDArray[np.bool_] | None, LengthsN]:
+        spec = self._specs[place]
+        assert isinstance(spec, ListField)
+        return kept_items(~self.missing_M[self._spans[place]] if self.any_missing else None, self._lengths[place], spec)
 
     def whole_numbers(self, places: Sequence[int]) -> list[npt.NDArray[np.int64]]:
         """Items of fields that hold whole numbers of 0 or more, −1 where missing; kept as in `part`.
@@ -79,7 +101,7 @@ class Texts:
         Raises:
             UnusualError: there are others.
         """
-        everything = _cleaned(self._joined.array()) if self._text is None else self._text
+        everything = self._clean()
         spans = [self._spans[place] for place in places]
         text = pa.concat_arrays([everything.slice(span.start, span.stop - span.start) for span in spans])
         longest = pc.max(pc.binary_length(text)).as_py() or 0
@@ -87,14 +109,8 @@ class Texts:
             raise UnusualError
         numbers_M = whole_numbers(text)
         found = np.split(numbers_M, np.cumsum([span.stop - span.start for span in spans])[:-1])
-        return [self._kept(place, numbers) for place, numbers in zip(places, found, strict=True)]
-
-    def _kept(self, place: int, numbers_M: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        lengths_N, spec = self._lengths[place], self._specs[place]
-        if lengths_N is None or not isinstance(spec, ListField):
-            return numbers_M
-        kept_M, _ = kept_items(numbers_M >= 0 if self.any_missing else None, lengths_N, spec)
-        return numbers_M if kept_M is None else numbers_M[kept_M]
+        kept = [self._kept.get(place, (None,))[0] for place in places]
+        return [number_M if kept_M is None else number_M[kept_M] for number_M, kept_M in zip(found, kept, strict=True)]
 
 
 def _items(values: Column, spec: CategoricalField | ListField, kind: str) -> tuple[list[Any] | pa.Array, Any]:
@@ -149,10 +165,7 @@ def _joined(lists: list[list[Any]]) -> _Joined:
     """Lists of text, whole numbers and None, with a NUL behind each: one join and one scan of bytes for them all."""
     lists = [values for values in lists if values]
     try:
-        try:
-            data = "\0".join(map("\0".join, lists)).encode()
-        except TypeError:
-            data = "\0".join("\0".join(_texts(values)) for values in lists).encode()
+        data = "\0".join(map(_of_one, lists)).encode()
     except UnicodeEncodeError:
         raise UnusualError from None
     count = sum(map(len, lists))
@@ -163,31 +176,27 @@ def _joined(lists: list[list[Any]]) -> _Joined:
     return _Joined(data, start_M, end_M - start_M)
 
 
-def _cleaned(text: pa.Array) -> pa.Array:
-    if not len(text):
-        return text
-    found = clean_text(text)
-    if found.bad_N is not None:
-        raise UnusualError
-    return found.values
-
-
-def _hashed(text: pa.Array) -> HashN:
-    """Hashes of a column, whichever way is the shorter."""
-    if (pc.max(pc.binary_length(text)).as_py() or 0) > LONGEST:
-        return hash_text(text)
-    _, offsets, data = text.buffers()
-    if data is None:
-        return np.zeros(len(text), np.uint64)
+def _laid_out(text: pa.Array) -> _Joined:
+    """A column's values, null as empty ones."""
+    _, offsets, _ = text.buffers()
+    if not len(text) or offsets is None:
+        return _Joined(b"", np.zeros(len(text), np.int64), np.zeros(len(text), np.int64))
     offset_M = np.frombuffer(offsets, np.int32)[text.offset :][: len(text) + 1].astype(np.int64)
     length_M = np.diff(offset_M)
     if text.null_count:
         length_M[text.is_null().to_numpy(zero_copy_only=False)] = 0
-    return hash_short(data.to_pybytes(), offset_M[:-1], length_M)
+    return _Joined(text_bytes(text), offset_M[:-1], length_M)
 
 
-def _texts(values: list[Any]) -> list[str]:
-    """Text of text, whole numbers and None, which is empty text here."""
+def _is_sound(text: pa.Array) -> bool:
+    return b"\0" not in text_bytes(text) and sound_text(text)[1] is None
+
+
+def _of_one(values: list[Any]) -> str:
+    """Joined text of text, whole numbers and None, which is empty text here."""
+    for given in (lambda: values, lambda: ["" if value is None else value for value in values]):
+        with suppress(TypeError):  # most fields hold text alone, most others nothing but text and None
+            return "\0".join(given())
     if not set(map(type, values)) <= {str, int, type(None)}:
         raise UnusualError
-    return [value if type(value) is str else "" if value is None else str(value) for value in values]
+    return "\0".join(["" if value is None else str(value) for value in values])

@@ -1,6 +1,6 @@
 """The fitted feature pipeline: the one way from raw rows to ids and values, in training, batch scoring and online."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,10 +160,11 @@ class FeaturePipeline:
 
     def warm_up(self) -> None:
         """Build now what the first call of `encode` would build."""
-        _ = self._lookup, self._vocabulary_number
+        _ = self.lookup, self._vocabulary_number
 
     @cached_property
-    def _lookup(self) -> Lookup:
+    def lookup(self) -> Lookup:
+        """All vocabularies."""
         return Lookup([field.encoder for field in self.fields if _owns_vocabulary(field)])  # type: ignore[misc]
 
     @cached_property
@@ -193,12 +194,17 @@ class FeaturePipeline:
     def text_ids(self, hashes: Mapping[str, HashN]) -> dict[str, npt.NDArray[np.integer]]:
         """Ids of hashed text by field, none of which is missing; of fields with encoders that see hashes."""
         asked = [name for name in hashes if name in self._vocabulary_number]
-        found = self._lookup.find([(self._vocabulary_number[name], hashes[name]) for name in asked])
+        found = self.lookup.find([(self._vocabulary_number[name], hashes[name]) for name in asked])
         ids: dict[str, npt.NDArray[np.integer]] = dict(zip(asked, found, strict=True))
         for field in self.inputs:
             if field.name in hashes and isinstance(field.encoder, (Hash, Managed)):
                 ids[field.name] = field.encoder.encode(hashes[field.name])
         return ids
+
+    def salts(self, names: Sequence[str]) -> HashN:
+        """What `lookup` tells equal values of the fields' vocabularies apart by, [F]; 0 for a field without one."""
+        numbers = [self._vocabulary_number.get(name) for name in names]
+        return np.array([0 if n is None else self.lookup.salts[n] for n in numbers], np.uint64)
 
     @cached_property
     def served_defaults(self) -> dict[str, pa.Array]:

@@ -52,6 +52,8 @@ class PartialNorm(Norm):
         self.norm = norm
         self.fields: torch.Tensor
         self.register_buffer("fields", torch.tensor(fields), persistent=False)
+        # fields beside each other need no gathering
+        self._run = (fields[0], fields[-1] + 1) if fields == list(range(fields[0], fields[-1] + 1)) else None
 
     def forward(self, x_BFd: torch.Tensor, instance: torch.Tensor | None = None) -> torch.Tensor:
         """x with the chosen fields normalized; `instance` is for norms that condition on the raw embedding."""
@@ -63,7 +65,10 @@ class PartialNorm(Norm):
 
     def core(self, x: torch.Tensor) -> torch.Tensor:
         """The core of the chosen fields; the others as they are."""
-        return x.index_copy(1, self.fields, self.norm.core(x.index_select(1, self.fields)))
+        if self._run is None:
+            return x.index_copy(1, self.fields, self.norm.core(x.index_select(1, self.fields)))
+        start, stop = self._run
+        return torch.cat([x[:, :start], self.norm.core(x[:, start:stop]), x[:, stop:]], 1)
 
     def separated(self) -> Affine | None:
         return self._spread(self.norm.separated())

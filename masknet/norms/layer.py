@@ -6,6 +6,11 @@ from torch.nn import functional
 
 from masknet.norms.base import Count, Norm, RowNorm, variance
 
+# From so many rows up to so many entries a CPU normalizes embeddings faster in steps, each of which goes over all rows
+# while they are in the cache, than by torch's one operation, which goes row by row: 0.14 ms against 0.23 for 500 x 19
+# rows of 10.
+_ROWS, _ENTRIES = 1000, 1 << 20
+
 
 class LayerNorm(RowNorm):
     """y = γ ⊙ (x − mean(x)) / √(var(x) + eps) + β over the last axis, biased variance (Ba et al., arXiv 1607.06450).
@@ -17,6 +22,7 @@ class LayerNorm(RowNorm):
     kind = "layer"
     odd = False  # other signs, another mean
     scale_invariant = True
+    by_size = True  # whether the way in which embeddings are normalized, and so their rounding, may depend on how many
 
     def forward(self, x: torch.Tensor, instance: torch.Tensor | None = None) -> torch.Tensor:
         """LN(x); of a hidden vector of bf16 on a CPU by torch's own kernel for it, whose statistics are fp32."""
@@ -26,7 +32,15 @@ class LayerNorm(RowNorm):
 
     def core(self, x: torch.Tensor) -> torch.Tensor:
         """x centred and over its deviation."""
+        if x.dim() == 3 and x.device.type == "cpu" and not torch.is_grad_enabled() and self._in_steps(x):
+            centred = x - x.mean(-1, keepdim=True)
+            return centred.mul_(centred.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_())
         return functional.layer_norm(x, self.shape[-1:], eps=self.eps)
+
+    def _in_steps(self, x: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling():  # one program for all sizes
+            return False
+        return not self.by_size or (x.numel() >= _ROWS * x.shape[-1] and x.numel() <= _ENTRIES)
 
     def normalize(self, x: torch.Tensor, instance: torch.Tensor | None) -> torch.Tensor:
         """LN(x); of a hidden vector in one pass, which on a CPU saves most of the time."""

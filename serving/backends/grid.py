@@ -23,13 +23,11 @@ class Grid(nn.Module):
 
     smooth_Z: torch.Tensor
     factor_Z: torch.Tensor
-    _offset: torch.Tensor
 
     def __init__(self, smooth_Z: torch.Tensor, scale: float, zero: int) -> None:
         super().__init__()
         self.register_buffer("smooth_Z", smooth_Z)
         self.register_buffer("factor_Z", 1 / (smooth_Z * scale))
-        self.register_buffer("_offset", torch.tensor(float(zero - 128)))
         self.scale, self.zero = scale, zero
 
     @classmethod
@@ -42,8 +40,16 @@ class Grid(nn.Module):
         return cls(smooth_Z, float((largest_Z / smooth_Z).max().clamp(min=1e-30)) / (127 if zero else 255), zero)
 
     def forward(self, x_NZ: torch.Tensor) -> torch.Tensor:
-        """Bytes [N, Z]. Conversion to int8 is five times as fast as to uint8, which is 128 more: another first bit."""
-        steps_NZ = torch.addcmul(self._offset, x_NZ, self.factor_Z) if self.zero != 128 else x_NZ * self.factor_Z
+        """Bytes [N, Z]."""
+        return self.of_steps(x_NZ * self.factor_Z)
+
+    def of_steps(self, steps_NZ: torch.Tensor) -> torch.Tensor:
+        """Bytes [N, Z] of what counts in steps already, and is written over.
+
+        Conversion to int8 is five times as fast as to uint8, which is 128 more: another first bit.
+        """
+        if self.zero != 128:
+            steps_NZ.add_(self.zero - 128)
         return steps_NZ.round_().clamp_(-128, 127).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
 
     def part(self, start: int, end: int) -> "Grid":

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from masknet.folding import ServingNetwork
-from masknet.folding.blocks import FirstLayers, Hidden
+from masknet.folding.blocks import FirstLayers, FoldedBlock, Hidden
 from masknet.folding.network import ParallelBody
 from masknet.folding.packed import Activation, PackedLinear
 from serving.backends.grid import Grid, steps_of
@@ -41,12 +41,13 @@ class QuantizedLinear(nn.Module):
     """
 
     bias: torch.Tensor | None
+    _scale: torch.Tensor
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, grid: Grid, scale_O: torch.Tensor | None = None
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self._in_steps = grid, False
         weight_OZ = weight * grid.smooth_Z
         scale_O = steps_of(weight_OZ) if scale_O is None else scale_O
         bytes_OZ = (weight_OZ / scale_O.unsqueeze(1)).round().to(torch.int8)
@@ -63,12 +64,21 @@ class QuantizedLinear(nn.Module):
         times: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Outputs [N, O] in fp32, as `PackedLinear`'s; of bytes on this layer's grid, too."""
-        bytes_NZ = x_NZ if x_NZ.dtype == torch.uint8 else self.grid(x_NZ)
+        """Outputs [N, O] in fp32, as `PackedLinear`'s; of bytes on this layer's grid, or of steps of it, too."""
+        bytes_NZ = x_NZ
+        if x_NZ.dtype != torch.uint8:
+            bytes_NZ = self.grid.of_steps(x_NZ) if self._in_steps else self.grid(x_NZ)
         out: torch.Tensor = self._product(bytes_NZ, self.bias if bias is None else bias, 1.0, torch.float32, "none")
         if times is not None:
             return out.mul_(times)
         return out.relu_() if activation == "relu" else out
+
+    def give_steps_to(self, reader: "QuantizedLinear") -> None:
+        """Multiply outputs, in the product's scale, by what the one layer that reads them would multiply them by."""
+        self._scale = self._scale * reader.grid.factor_Z
+        if self.bias is not None:
+            self.bias = self.bias * reader.grid.factor_Z
+        reader._in_steps = True
 
     def bytes_for(self, target: Grid, bytes_NZ: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
         """relu(W x + b) [N, O] as bytes on another layer's grid, whose `smooth_Z` is in W and b already."""
@@ -91,8 +101,10 @@ class _OnGrid(nn.Module):
         self.block, self.grid = block, grid
 
     def forward(self, x_NZ: torch.Tensor, hidden: Hidden) -> torch.Tensor:
-        out: torch.Tensor = self.grid(self.block(x_NZ, hidden))
-        return out
+        out_Nh: torch.Tensor = self.block(x_NZ, hidden)
+        if out_Nh is x_NZ:  # which others read
+            return self.grid(out_Nh)
+        return self.grid.of_steps(out_Nh.mul_(self.grid.factor_Z))  # a tenth of the time of another tensor
 
 
 class Int8Network(nn.Module):
@@ -113,6 +125,10 @@ class Int8Network(nn.Module):
             return QuantizedLinear(layer.weight, layer.bias, Grid.of(ranges[name], layer.weight))
 
         self.network = with_layers(network, replaced, partial(_first_layers, ranges=ranges))
+        for block in self.network.modules():
+            second, linear = (block.second, block.linear) if isinstance(block, FoldedBlock) else (None, None)
+            if isinstance(second, QuantizedLinear) and isinstance(linear, QuantizedLinear):
+                second.give_steps_to(linear)
         body = self.network.body
         if isinstance(body, ParallelBody) and isinstance(head := body.head[0], QuantizedLinear):
             width = len(head.grid.smooth_Z) // len(body.blocks)

@@ -17,6 +17,7 @@ from masknet.folding.blocks import FoldedBlock, Hidden
 from masknet.folding.network import ParallelBody
 from masknet.folding.norms import FoldedConditional, HiddenRMS
 from masknet.folding.packed import PackedLinear
+from masknet.norms.layer import LayerNorm
 
 MakeFirst = Callable[[ServingNetwork], "ContextApart"]  # of a network whose other layers are replaced already
 
@@ -81,6 +82,8 @@ def with_layers(
     for module in network.modules():
         if isinstance(module, HiddenRMS):
             module.centred = False  # or a few rows are normalized by another operation than many
+        if isinstance(module, LayerNorm):
+            module.by_size = False
         if isinstance(module, ParallelBody):
             module.grouped = None  # a GPU's; it would keep the weights
     if network.first is not None:

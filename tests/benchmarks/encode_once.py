@@ -98,7 +98,7 @@ def main() -> None:
     asked = 2 * options.requests * options.candidates * len(options.sizes)
     facts = {
         "entries": sum(options.sizes),
-        "index_bytes": pipeline._lookup.nbytes,
+        "index_bytes": pipeline.lookup.nbytes,
         "values_bytes": values,
         "held_mib": held,
         "peak_rss_mib": peak,
