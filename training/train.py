@@ -188,7 +188,7 @@ class _Job:
             calibrate=calibrated,
             evaluate=evaluate,
             reference=lambda scorer: reference_of(scorer, self.data),
-            check=lambda scorer: checked(self.config.serving, scorer, self.data[-1]),
+            check=lambda scorer: checked(self.config.serving, scorer, self.data[-1], observer.noted),
         )
 
 

@@ -12,7 +12,7 @@ from masknet.folding import ServingNetwork
 from serving.backends.base import Backend, CPUBackend, Kind
 from serving.backends.fast import FASTEST_FIRST, fast_network, lacking
 from serving.backends.gpu import GPUBackend
-from serving.backends.record import BACKENDS_FILE, Backends, Fast
+from serving.backends.record import BACKENDS_FILE, Backends, Device, Fast, Verdict
 
 
 def make_backend(
@@ -28,14 +28,14 @@ def make_backend(
 
     Args:
         network: folded, with or without a context; it is left as it is.
-        kind: exact, or the fastest that has passed the bundle's check and runs here.
+        kind: exact, or the fastest that has passed the bundle's check on such a device and runs here.
         device: where to.
         threads: of a CPU's products; by default as torch has it.
         allowed: the bundle's.
         member: the network's place in the bundle.
 
     Raises:
-        InputError: fast, and no backend that runs here has passed; the message says why.
+        InputError: fast, and no backend that runs there has passed; the message says why.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -44,32 +44,32 @@ def make_backend(
             return CPUBackend("fp32", network, threads)
     elif kind == "exact":
         return GPUBackend("fp32", network, device, torch.float32)
-    name, record = chosen(device, allowed)
-    bound = record.record.backends[name].largest_difference or 0.0
-    if device.type != "cpu":
+    on: Device = "cpu" if device.type == "cpu" else "cuda"
+    name, verdict = chosen(on, allowed)
+    bound = verdict.largest_difference or 0.0
+    if on == "cuda":
         return GPUBackend(name, network, device, torch.bfloat16, bound)
-    ranges = record.ranges[member] if record.ranges else {}
+    ranges = allowed.ranges[member] if allowed is not None and allowed.ranges else {}
     return CPUBackend(name, fast_network(name, network, ranges), threads, bound)
 
 
-def chosen(device: torch.device, allowed: Backends | None) -> tuple[Fast, Backends]:
-    """The name of the fastest that may be taken, and the record; InputError as `make_backend`."""
-    if allowed is None:
+def chosen(device: Device, allowed: Backends | None) -> tuple[Fast, Verdict]:
+    """The fastest that may be taken, and what was found of it; InputError as `make_backend`."""
+    record = None if allowed is None else allowed.devices.get(device)
+    if record is None:
         raise InputError(
-            f"backend fast: the bundle has no {BACKENDS_FILE}, which training writes since fast backends are checked; "
-            "take backend exact, or train the model anew"
+            f"backend fast: the bundle's {BACKENDS_FILE} has no check on {device}; on a machine with one run python -m "
+            "training.backends MODEL --data DIR --out BUNDLE and serve BUNDLE, or train there; or take backend exact"
         )
     reasons = []
-    for name in FASTEST_FIRST:
-        verdict = allowed.record.backends.get(name)
+    for name in FASTEST_FIRST[device]:
+        verdict = record.backends.get(name)
         if verdict is None:
             reasons.append(f"{name}: not checked")
         elif not verdict.passed:
             reasons.append(f"{name}: {verdict.reason}")
-        elif device.type == "cpu" and (lacks := lacking(name)) is not None:
+        elif (lacks := lacking(name, device)) is not None:
             reasons.append(f"{name}: {lacks}")
-        elif device.type != "cpu" and name != "bf16":
-            reasons.append(f"{name}: is a CPU's")
         else:
-            return name, allowed
-    raise InputError(f"backend fast: none may be taken ({'; '.join(reasons)}); take backend exact")
+            return name, verdict
+    raise InputError(f"backend fast: none may be taken on {device} ({'; '.join(reasons)}); take backend exact")

@@ -1,15 +1,15 @@
-"""Which fast backends a bundle may be served by: the outcome of a check on rows, and what int8 needs.
+"""Which fast backends a bundle may be served by: the outcome of checks on rows, and what int8 needs.
 
-backends.json       by backend, fastest first, whether it passed, why not, and what it cost
+backends.json       by kind of device and backend, fastest first, whether it passed, why not, and what it cost
 backends/           the bounds of int8's layers, a file per member
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from features.files import read_json, write_json
 from features.validation import Frozen, validate
@@ -17,6 +17,7 @@ from serving.backends.ranges import Ranges, load_ranges, save_ranges
 
 BACKENDS_FILE, FOLDER = "backends.json", "backends"
 Fast = Literal["int8", "bf16"]
+Device = Literal["cpu", "cuda"]
 
 
 class Verdict(Frozen):
@@ -25,7 +26,9 @@ class Verdict(Frozen):
     passed: bool
     reason: str | None = Field(default=None, description="why it did not pass")
     auc_loss: float | None = Field(default=None, description="exact's AUC less this one's")
+    auc_error: float | None = Field(default=None, description="its standard error, over the rows")
     logloss_increase: float | None = Field(default=None, description="this one's log loss less exact's, in nats")
+    logloss_error: float | None = Field(default=None, description="its standard error, over the rows")
     largest_difference: float | None = Field(default=None, description="of a served score from exact's")
     batch_difference: float | None = Field(
         default=None, description="largest one, in probability, of a row's score in batches of 500, 50 and 1"
@@ -33,25 +36,42 @@ class Verdict(Frozen):
 
 
 class Record(Frozen):
-    """backends.json."""
+    """The check on one kind of device."""
 
     split: str = Field(description="whose rows were scored")
     rows: int = Field(description="how many, for the metrics")
     range_rows: int = Field(description="others of that split, for the bounds of int8's layers")
-    versions: Mapping[str, str] = Field(description="of the libraries, and what torch takes the CPU to have")
+    versions: Mapping[str, str] = Field(description="of the libraries, and what torch takes the device to be")
     backends: Mapping[Fast, Verdict] = Field(description="fastest first")
+
+
+class Records(Frozen):
+    """backends.json."""
+
+    devices: Mapping[Device, Record] = Field(description="those that it was checked on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _once_of_a_cpu(cls, data: Any) -> Any:
+        """Files from before devices were told apart are one check, on a CPU."""
+        return {"devices": {"cpu": data}} if isinstance(data, dict) and "split" in data else data
 
 
 @dataclass(frozen=True)
 class Backends:
-    """The record, and the bounds of int8's layers by member, if there are any."""
+    """The record of each device, and the bounds of int8's layers by member, if there are any."""
 
-    record: Record
+    devices: Mapping[Device, Record]
     ranges: tuple[Ranges, ...] = ()
+
+    def joined(self, newer: "Backends") -> "Backends":
+        """With the records of a newer check on other devices, or the same."""
+        ranges = newer.ranges if "cpu" in newer.devices else self.ranges
+        return Backends({**self.devices, **newer.devices}, ranges)
 
     def save(self, folder: Path) -> None:
         """Write into a bundle's folder."""
-        write_json(folder / BACKENDS_FILE, self.record.model_dump(mode="json"))
+        write_json(folder / BACKENDS_FILE, Records(devices=self.devices).model_dump(mode="json"))
         if self.ranges:
             (folder / FOLDER).mkdir()
         for number, ranges in enumerate(self.ranges):
@@ -62,11 +82,12 @@ class Backends:
         """What a bundle of so many members has, None for nothing; InputError where a file is damaged or missing."""
         if not (folder / BACKENDS_FILE).exists():
             return None
-        record = validate(Record, read_json(folder / BACKENDS_FILE, "bundle"), f"bundle {folder / BACKENDS_FILE}")
-        verdict = record.backends.get("int8")
+        data = read_json(folder / BACKENDS_FILE, "bundle")
+        devices = validate(Records, data, f"bundle {folder / BACKENDS_FILE}").devices
+        verdict = devices["cpu"].backends.get("int8") if "cpu" in devices else None
         if verdict is None or not verdict.passed:
-            return cls(record)
-        return cls(record, tuple(load_ranges(_file(folder, number)) for number in range(members)))
+            return cls(devices)
+        return cls(devices, tuple(load_ranges(_file(folder, number)) for number in range(members)))
 
 
 def _file(folder: Path, number: int) -> Path:

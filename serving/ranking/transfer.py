@@ -1,36 +1,45 @@
 """One copy to a device and one back per request.
 
-Legend: N candidates, C width of the context's embeddings, R of a candidate's.
+Legend: M members, N candidates, C width of the context's embeddings, R of a candidate's.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from serving.backends.base import Backend
 
 
-class OneCopy:
-    """A backend on a device, for embeddings on the CPU: both parts travel in one page-locked buffer, logits come back.
+class OneTrip:
+    """Members on a device, for embeddings on the CPU: those of all travel in one page-locked buffer, so do all logits.
 
     Args:
-        backend: takes tensors that are on its device already.
+        backends: a member's each; they take tensors that are on the device already.
         device: where that is; on a CPU nothing travels, and the rest is the same.
     """
 
-    def __init__(self, backend: Backend, device: torch.device | str) -> None:
-        self.name, self.bound = backend.name, backend.bound
-        self._backend, self._device = backend, torch.device(device)
+    def __init__(self, backends: Sequence[Backend], device: torch.device | str) -> None:
+        self._backends, self._device = tuple(backends), torch.device(device)
         self._buffer = torch.empty(0)
 
     @torch.inference_mode()
-    def logits(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
-        """Logits [N] in fp32 on the CPU."""
-        widths = [context_1C.numel(), candidates_NR.numel()]
+    def logits(self, parts_M: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Logits [M, N] in fp32 on the CPU, for one call at a time.
+
+        Args:
+            parts_M: embeddings of each member's context [1, C] and candidates [N, R].
+        """
+        tensors = [tensor for pair in parts_M for tensor in pair]
+        moved = self._moved(tensors)
+        pairs = zip(self._backends, moved[::2], moved[1::2], strict=True)
+        return torch.stack([backend.logits(context_1C, x_NR) for backend, context_1C, x_NR in pairs]).cpu()
+
+    def _moved(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        widths = [tensor.numel() for tensor in tensors]
         if sum(widths) > len(self._buffer):  # the copy before has ended: its logits have come back
             self._buffer = torch.empty(sum(widths), pin_memory=self._device.type == "cuda")
-        context, candidates = torch.split(self._buffer[: sum(widths)], widths)
-        context.copy_(context_1C.view(-1))
-        candidates.copy_(candidates_NR.reshape(-1))
-        moved = self._buffer[: sum(widths)].to(self._device, non_blocking=True)
-        context, candidates = torch.split(moved, widths)
-        found_N = self._backend.logits(context.view(context_1C.shape), candidates.view(candidates_NR.shape))
-        return found_N.cpu()
+        sent = self._buffer[: sum(widths)]
+        for place, tensor in zip(torch.split(sent, widths), tensors, strict=True):
+            place.copy_(tensor.reshape(-1))
+        moved = torch.split(sent.to(self._device, non_blocking=True), widths)
+        return [each.view(tensor.shape) for each, tensor in zip(moved, tensors, strict=True)]

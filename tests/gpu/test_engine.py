@@ -18,16 +18,20 @@ import numpy as np
 import pyarrow as pa
 
 from features.encoders import AnyEncoder, Cross, Hash, Identity, Scale, Vocabulary
+from features.errors import InputError
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
+from serving.backends import check as check_module
+from serving.backends.check import check_backends
 from serving.backends.gpu import GPUBackend
-from serving.bundle import fields_of, load_bundle, tables_of, write_bundle
+from serving.backends.record import Backends
+from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
 from serving.ranking import engine as engine_module
 from serving.ranking.engine import RankingEngine
-from serving.ranking.transfer import OneCopy
+from serving.scorer import Scorer
 from tests.gpu.settings import CUDA, DEVICE, d, h
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -55,6 +59,10 @@ ENCODERS: dict[str, AnyEncoder] = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two members with random weights."""
+    return written(tmp_path_factory.mktemp("engine") / "bundle").path
+
+
+def written(out: Path, **rest: Any) -> Bundle:
     pipeline = FeaturePipeline.build(SCHEMA.fields, ENCODERS)
     config = MaskNetConfig(embedding_dim=d, blocks=2, block_width=h, head=(h,))
     members = []
@@ -63,8 +71,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = MaskNet(config, tables_of(pipeline), fields_of(pipeline))
         tables = {table.name: torch.randn(table.rows, d) for table in tables_of(pipeline)}
         members.append(Member(model.dense_state(), tables))
-    out = tmp_path_factory.mktemp("engine") / "bundle"
-    write_bundle(
+    return write_bundle(
         out,
         name="gpu",
         config=config,
@@ -74,8 +81,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sampling_rate=0.5,
         run_id=None,
         evaluate=lambda scorer: {},
+        **rest,
     )
-    return out
 
 
 def candidates_of(count: int) -> dict[str, list[Any]]:
@@ -90,8 +97,8 @@ def candidates_of(count: int) -> dict[str, list[Any]]:
 def test_scores_are_the_reference_scorer_s(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:  # what the engine does for a device, on the one that there is
 
-        def made(network: Any, *args: Any, **kwargs: Any) -> OneCopy:
-            return OneCopy(GPUBackend("fp32", network, torch.device(DEVICE), torch.float32), DEVICE)
+        def made(network: Any, *args: Any, **kwargs: Any) -> GPUBackend:
+            return GPUBackend("fp32", network, torch.device(DEVICE), torch.float32)
 
         monkeypatch.setattr(engine_module, "make_backend", made)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -108,3 +115,39 @@ def test_scores_are_the_reference_scorer_s(path: Path, monkeypatch: pytest.Monke
     whole = candidates | {"user": ["w1", "w2", "w3"], "age": [20.0, None, 70.0]}
     np.testing.assert_allclose(engine.predict(whole), scorer.score(whole), rtol=0, atol=2e-6)
     assert engine.about()["device"] == DEVICE
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_fast_is_what_the_check_on_the_device_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's score is the same in any batch, and what the engine answers is within the bound that the check saw."""
+    monkeypatch.setattr(check_module, "MOST_LOST", 1e-3)  # of random weights
+    count = 40_000
+    random, rows = np.random.default_rng(1), candidates_of(count)
+    rows |= {"user": random.choice(WORDS, count).tolist(), "age": random.uniform(10, 90, count).tolist()}
+
+    def check(scorer: Scorer) -> Backends:
+        encoded = scorer.pipeline.encode(rows)
+        label_N = (random.random(count) < scorer.score_encoded(encoded)).astype(np.int64)
+        return check_backends(scorer, encoded, label_N, "drawn", devices=["cuda"])
+
+    bundle = written(tmp_path / "checked", check=check)
+    assert bundle.backends is not None
+    record = bundle.backends.devices["cuda"]
+    assert record.versions["cuda"] == torch.cuda.get_device_name()
+    verdict = record.backends["bf16"]
+    assert verdict.reason is None
+    assert verdict.batch_difference is not None
+    assert verdict.batch_difference <= 1e-6
+    assert verdict.largest_difference is not None
+    assert 1e-6 < verdict.largest_difference < 0.02
+    with pytest.raises(InputError, match="no check on cpu"):
+        RankingEngine.load(bundle.path, "1", backend="fast")
+    engine = RankingEngine.load(bundle.path, "1", device=DEVICE, backend="fast")
+    candidates = candidates_of(700)
+    whole_N = engine.predict(candidates | {"user": ["w7"] * 700, "age": [31.0] * 700})
+    expected_N = bundle.scorer.score(candidates | {"user": ["w7"] * 700, "age": [31.0] * 700})
+    assert float(np.abs(whole_N - expected_N).max()) <= 2 * verdict.largest_difference
+    alone = {name: values[3:4] for name, values in candidates.items()}
+    (first,) = engine.rank({"user": "w7", "age": 31.0}, alone, 1)
+    among = engine.rank({"user": "w7", "age": 31.0}, candidates, 700)
+    assert first.score == pytest.approx(next(item.score for item in among if item.index == 3), abs=1e-6)

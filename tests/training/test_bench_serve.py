@@ -29,11 +29,25 @@ from training.bench.serve_model import (
     make_bundle,
     make_requests,
 )
-from training.bench.serve_page import FAST, ONNX, page
-from training.bench.serve_rows import ENDPOINT, LATENCY, LOAD, LONGEST, MEMORY, RATE, RIVAL, STAGE, Effort
+from training.bench.serve_overload import OVERLOAD, Pressure, overloads
+from training.bench.serve_page import page
+from training.bench.serve_rows import (
+    ENDPOINT,
+    FAST,
+    LATENCY,
+    LOAD,
+    LONGEST,
+    MEMORY,
+    ONNX,
+    RATE,
+    RIVAL,
+    STAGE,
+    Effort,
+)
 from training.bench.serve_search import LIMIT_MS, Search, p99
 from training.bench.serve_stages import BUT_MODEL, METRIC, OUTSIDE, read_stages, split
 from training.bench.serve_ways import ARROW, JSON, MLFLOW
+from training.errors import Failure
 
 ROOT = Path(__file__).parents[2]
 DELAY = 0.02
@@ -86,12 +100,37 @@ def test_a_closed_loop_waits_for_every_answer(probe: dict[str, Any]) -> None:
     assert 0 < found["own_milliseconds"] < 1e3 * DELAY
 
 
+def test_a_pause_lies_before_each_request_and_is_not_counted(
+    probe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(serve_load.asyncio, "sleep", sleep)
+    found = asyncio.run(serve_load.closed({**probe, "warm": 1, "count": 3, "pause": 7.0}))
+    assert pauses == [7.0] * 4
+    assert len(found["milliseconds"]) == 3
+    assert max(found["milliseconds"]) < 7000.0
+
+
+def test_busy_clients_ask_again_at_once_and_count_answers(probe: dict[str, Any]) -> None:
+    found = asyncio.run(serve_load.busy({**probe, "clients": 3, "seconds": 0.5}))
+    assert found["failures"] == len(Handler.seen) // 5
+    answered = len(Handler.seen) - found["failures"]
+    assert answered > 3  # each client asks again
+    assert 0 < found["rate"] <= min(answered / 0.5, 1 / DELAY)  # the server computes one at a time
+
+
 def test_an_open_loop_does_not_wait_and_counts_from_when_a_request_was_due(probe: dict[str, Any]) -> None:
     found = asyncio.run(serve_load.opened({**probe, "rate": 100.0, "seconds": 0.4, "seed": 3}))
     count = len(found["milliseconds"])
     assert not found["overrun"]
-    assert len(Handler.seen) == count + found["failures"]
-    assert found["failures"] == len(Handler.seen) // 5
+    assert len(Handler.seen) == count + found["failures"] == len(found["late"])
+    assert found["failures"] == found["shed"] == len(Handler.seen) // 5
+    assert 0 < min(found["late"]) <= max(found["milliseconds"])  # sent before it is answered
+    assert 0 < found["core"] < 1
     # By a Poisson process of 40; 6 standard deviations. They come within 0.4 s and leave one after the other.
     assert 40 - 38 < count + found["failures"] < 40 + 38
     assert max(found["milliseconds"]) >= 1e3 * (DELAY * (count + found["failures"]) - 0.4)
@@ -113,6 +152,7 @@ def test_a_server_that_is_not_there_is_failures(probe: dict[str, Any], monkeypat
     monkeypatch.setattr(serve_load, "Connection", Deaf)
     found = asyncio.run(serve_load.opened({**probe, "rate": 100.0, "seconds": 0.1, "seed": 2}))
     assert found["failures"] > 0
+    assert found["shed"] == 0
     assert found["milliseconds"] == []
 
 
@@ -191,7 +231,7 @@ def test_the_model_is_as_the_page_says(tmp_path: Path) -> None:
     assert abs(logit_N.mean() + 2) < 0.3
     assert 0.7 < logit_N.std() < 1.3
     record = json.loads((tmp_path / "bundle" / "backends.json").read_text())
-    assert any(verdict["passed"] for verdict in record["backends"].values())
+    assert any(verdict["passed"] for verdict in record["devices"]["cpu"]["backends"].values())
 
 
 def test_bodies_hold_the_request_and_answers_its_scores() -> None:
@@ -220,6 +260,10 @@ def result(**changed: Any) -> dict[str, Any]:
         rows.append({"name": RATE, "server": server, **rates, "ratio": rate / 2})
     for stage, ms in (("model", 8.1), (OUTSIDE, 0.4), (BUT_MODEL, 1.9)):
         rows.append({"name": STAGE, "server": ENDPOINT, "stage": stage, "p50": ms})
+    for server, ms, gave_up in ((ENDPOINT, 32.0, False), (RIVAL, 900.0, True)):
+        times = {"p50": ms - 5, "p99": ms, "unloaded_p99": 10.0, "ratio": ms / 10, "overrun": gave_up, "shed": 0.512}
+        rates = {"sustained": 50.0, "rate": 100.0, "seconds": 40.0, "unloaded_runs": 400}
+        rows.append({"name": OVERLOAD, "server": server, **times, **rates, "late_p99": 0.71, "core": 0.034})
     rows.append({"name": LOAD, "p50": 0.1})
     rows.append({"name": MEMORY, "server": ENDPOINT, "p50": 900.0, "runs": 1000, "growth": 0.051})
     shape = {"fields": 39, "context": 20, "width": 400, "head": 400, "candidates": 500}
@@ -237,13 +281,66 @@ def test_the_page_judges_by_the_goals() -> None:
         f"| p50, {ENDPOINT}, against {ONNX} | 1.20 × | 1.30 × | no |",
         f"| rate, {ENDPOINT}, against {ONNX} | 1.60 × | 1.30 × | yes |",
         f"| {BUT_MODEL}, {ENDPOINT} | 1.90 ms | 1.8 ms | no |",
+        f"| p99 at 2 × the load, {ENDPOINT}, over the unloaded | 3.20 × | 3.00 × | no |",
         f"| growth of memory, {ENDPOINT} | 5.1% | 5% | no |",
     ]
     assert f"| {ENDPOINT} | 9 | 10 | 11 | 15 | 4.00 × | 6e-08 |" in lines
     assert f"| {RIVAL} | 0 | – | 2 | ≥ 0.00 × |" in lines
+    assert f"| {ENDPOINT} | 50 | 100 | 10 | 27 | 32 | 51.2% | 3.20 × |" in lines
+    assert f"| {RIVAL} | 50 | 100 | 10 | 895 | ≥ 900 | 51.2% | ≥ 90.00 × |" in lines
     assert "| model | 8.100 |" in lines
     assert "- mlflow: not there" in lines
     assert not any(FAST in line for line in lines)
+
+
+def test_a_result_from_before_overload_was_measured_has_no_such_section() -> None:
+    old = result()
+    old["rows"] = [row for row in old["rows"] if row["name"] != OVERLOAD]
+    assert "## Overload" in page(result())
+    assert "verload" not in page(old)
+    assert "2 × the load" not in page(old)
+
+
+class Played:
+    """Answers of the load, by kind of probe."""
+
+    def __init__(self, **answers: dict[str, Any]) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self._answers = answers
+
+    def probe(self, case: Any, kind: str, **rest: Any) -> dict[str, Any]:
+        self.asked.append((f"{case.name} {kind}", rest))
+        return self._answers[kind]
+
+
+class Named:
+    name = ENDPOINT
+
+
+def test_overload_is_twice_what_a_busy_server_answers() -> None:
+    hundred = [float(i) for i in range(1, 101)]
+    played = Played(
+        closed={"milliseconds": hundred, "failures": 0},
+        busy={"rate": 60.0, "failures": 0},
+        open={"milliseconds": [3 * ms for ms in hundred], "failures": 50, "shed": 50, "overrun": False}
+        | {"late": hundred, "core": 0.05},
+    )
+    (row,) = overloads(played, [Named()], Pressure(2, 100, 0.1, 4.0, 20.0))  # type: ignore[arg-type, list-item]
+    assert [rest["rate"] for what, rest in played.asked if what.endswith("open")] == [120.0] * 2
+    assert [rest["seconds"] for what, rest in played.asked if what.endswith("open")] == [20.0] * 2
+    assert (row["sustained"], row["rate"], row["seconds"]) == (60.0, 120.0, 40.0)
+    assert row["unloaded_p99"] == pytest.approx(np.percentile(hundred * 2, 99), rel=1e-3)
+    assert row["ratio"] == pytest.approx(3.0, rel=1e-3)
+    assert row["shed"] == pytest.approx(1 / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("busy", "without overload"), ("open", "under overload")])
+def test_requests_that_fail_otherwise_are_no_overload(kind: str, told: str) -> None:
+    fine: dict[str, Any] = {"milliseconds": [1.0], "failures": 0, "rate": 60.0, "shed": 0, "overrun": False}
+    fine |= {"late": [1.0], "core": 0.05}
+    played = Played(**{"closed": fine, "busy": fine, "open": fine, kind: fine | {"failures": 2}})
+    with pytest.raises(Failure, match=f"2 requests failed {told}"):
+        overloads(played, [Named()], Pressure(1, 1, 0.1, 4.0, 20.0))  # type: ignore[arg-type, list-item]
 
 
 def test_the_page_is_what_was_measured() -> None:
@@ -281,6 +378,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert latency[server]["largest_difference"] < 1e-6, server
     assert latency["HTTP alone, JSON"]["p50"] < latency[ENDPOINT]["p50"]
     assert {row["server"] for row in found["rows"] if row["name"] == RATE} == servers
+    overload = {row["server"]: row for row in found["rows"] if row["name"] == OVERLOAD}
+    assert overload.keys() == {ENDPOINT, FAST, RIVAL, ONNX}
+    for server in (ENDPOINT, FAST):
+        assert 0 < overload[server]["shed"] < 1  # it refuses some of what it cannot compute, and does the rest
+        assert overload[server]["rate"] == pytest.approx(2 * overload[server]["sustained"], rel=1e-3)
+        assert overload[server]["runs"] > 0
+    assert [overload[server]["shed"] for server in (RIVAL, ONNX)] == [0.0, 0.0]
     stages = {row["stage"]: row["p50"] for row in found["rows"] if row["name"] == STAGE and row["server"] == ENDPOINT}
     assert {"queue", "parse", "encode", "lookup", "model", "respond", OUTSIDE, BUT_MODEL} <= stages.keys()
     assert all(milliseconds > 0 for milliseconds in stages.values())

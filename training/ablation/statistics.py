@@ -21,8 +21,8 @@ from scipy.special import entr
 from scipy.stats import t as student
 
 from features.metrics import log_losses, reliability_edges
+from features.metrics_delong import pairs_won
 from training.evaluation.clusters import drawn_weights, holm
-from training.evaluation.delong import pairs_won
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]

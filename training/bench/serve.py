@@ -3,8 +3,9 @@
 `masknet bench serve` starts all servers at once and asks them in turns, so that what else the machine does falls on all
 of them alike; a server that is not asked does nothing. Each has one process that works, on all cores but one, with as
 many threads; the load has the last core. Latency: one client that waits for each answer. Rate: requests arrive by a
-Poisson process, the largest rate is searched at which 99 % of the answers come within 50 ms. Stages are means of a turn
-that the endpoint itself has measured; "HTTP" is what the client waits beside them.
+Poisson process, the largest rate is searched at which 99 % of the answers come within 50 ms. Overload: likewise, twice
+as many as can be computed. Stages are means of a turn that the endpoint itself has measured; "HTTP" is what the client
+waits beside them.
 """
 
 import tempfile
@@ -22,6 +23,7 @@ from serving.bundle import Bundle
 from training.bench import machine, report
 from training.bench.serve_loader import Case, Loader, cases_of
 from training.bench.serve_model import FULL, SMALL, Request, make_bundle, make_requests
+from training.bench.serve_overload import Pressure, overloads
 from training.bench.serve_rows import ENDPOINT, Effort, latencies, memory, rates
 from training.bench.serve_servers import Server, all_servers, on_cores, shares
 from training.errors import Failure
@@ -29,6 +31,7 @@ from training.errors import Failure
 FP32, ANY = 1e-5, 0.1  # by which scores may differ from the reference's: rounding, and `fast`
 PACKAGES = ("bentoml", "fastapi", "httptools", "mlflow", "onnxruntime", "uvicorn", "uvloop")
 THOROUGH, QUICK = Effort(30, 40, 6, 3, 4.0, 50), Effort(2, 5, 2, 1, 0.5, 10)
+LONG_PRESSURE, SHORT_PRESSURE = Pressure(2, 200, 0.1, 4.0, 20.0), Pressure(1, 20, 0.02, 0.5, 2.0)
 
 
 def run_serve(out: Path | None, quick: bool, soak: int) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def shown(result: dict[str, Any]) -> str:
 
 def measure(quick: bool, soak: int) -> dict[str, Any]:
     """The result; `soak` requests are sent to see whether memory grows, none with 0."""
-    size, effort = (SMALL, QUICK) if quick else (FULL, THOROUGH)
+    size, effort, pressure = (SMALL, QUICK, SHORT_PRESSURE) if quick else (FULL, THOROUGH, LONG_PRESSURE)
     for_servers, for_load = shares()
     threads = max(len(for_servers), 1)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -73,6 +76,7 @@ def measure(quick: bool, soak: int) -> dict[str, Any]:
         differences = _differences(cases, bundle, requests[0])
         rows = latencies(loader, cases, effort, differences)
         rows += rates(loader, cases, effort, rows)
+        rows += overloads(loader, cases, pressure)
         if soak:
             rows += memory(loader, next(case for case in cases if case.name == ENDPOINT), soak)
     return {

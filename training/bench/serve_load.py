@@ -4,9 +4,9 @@
 
 Reads probes, a JSON object a line, from standard input and answers each with a line. A client library would take
 longer than some of the servers do; this one writes ready bytes to sockets and parses answers with httptools. A `closed`
-probe is one client that waits for each answer; in an `open` one requests arrive by a Poisson process whatever the
-server does, on as many connections as it takes, and count from when they were due. Milliseconds are those of answers
-with status 200.
+probe is one client that waits for each answer, and for a while after it where there is a `pause`; a `busy` one is
+several such clients at once; in an `open` one requests arrive by a Poisson process whatever the server does, on as many
+connections as it takes, and count from when they were due. Milliseconds are those of answers with status 200.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ import httptools
 
 OVERRUN = 200  # requests under way: the server has fallen behind for good
 PATIENCE = 30.0  # seconds for one answer
+SHED = (429, 503)
 
 
 class Connection(asyncio.Protocol):
@@ -67,7 +69,7 @@ class Connection(asyncio.Protocol):
 
 
 async def closed(probe: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of `count` requests after `warm` ones, one after the other."""
+    """Milliseconds of `count` requests after `warm` ones, one after the other, `pause` seconds apart."""
     requests = _requests(probe)
     connection = await _connect(probe)
     milliseconds, failures = [], 0
@@ -76,6 +78,8 @@ async def closed(probe: dict[str, Any]) -> dict[str, Any]:
             cpu = time.process_time()
         if not connection.open:
             connection = await _connect(probe)
+        if probe.get("pause"):
+            await asyncio.sleep(probe["pause"])
         started = time.perf_counter()
         status = await connection.ask(next(requests))
         if number < probe["warm"]:
@@ -89,28 +93,51 @@ async def closed(probe: dict[str, Any]) -> dict[str, Any]:
     return {"milliseconds": milliseconds, "failures": failures, "own_milliseconds": own}
 
 
+async def busy(probe: dict[str, Any]) -> dict[str, Any]:
+    """How many a second are answered in `seconds` while each of `clients` asks again as soon as it has its answer."""
+    requests, failures, answered = _requests(probe), 0, 0
+    connections = [await _connect(probe) for _ in range(probe["clients"])]
+    start = time.perf_counter()
+
+    async def client(connection: Connection) -> None:
+        nonlocal failures, answered
+        while connection.open and time.perf_counter() < start + probe["seconds"]:
+            if await connection.ask(next(requests)) == 200:
+                answered += 1
+            else:
+                failures += 1
+        connection.transport.close()
+
+    await asyncio.gather(*(client(connection) for connection in connections))
+    return {"rate": answered / (time.perf_counter() - start), "failures": failures}
+
+
 async def opened(probe: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of what comes in `seconds` at `rate` a second; `overrun` where the server fell far behind."""
+    """Milliseconds of what comes in `seconds` at `rate` a second; `overrun` where the server fell far behind.
+
+    `shed` are the failures that say so, by 429 or 503. `late` is when requests were sent, in milliseconds from when
+    they were due, and `core` the share of the time that this process computed: what the load itself adds.
+    """
     requests, free, under_way = _requests(probe), [await _connect(probe)], set[asyncio.Task[None]]()
     milliseconds: list[float] = []
-    failures, overrun = 0, False
-    draw = random.Random(probe["seed"])
+    late: list[float] = []
+    statuses: Counter[int] = Counter()
+    draw, overrun, cpu = random.Random(probe["seed"]), False, time.process_time()
 
     async def one(due: float, request: bytes) -> None:
-        nonlocal failures
         status = 0
         try:
             while free and not free[-1].open:
                 free.pop()  # the server has closed it
             connection = free.pop() if free else await _connect(probe)
+            late.append(1e3 * (time.perf_counter() - due))
             status = await connection.ask(request)
             free.append(connection)
         except OSError:
             pass  # refused: a failure as any other
+        statuses[status] += 1
         if status == 200:
             milliseconds.append(1e3 * (time.perf_counter() - due))
-        else:
-            failures += 1
 
     due = start = time.perf_counter()
     while (due := due + draw.expovariate(probe["rate"])) < start + probe["seconds"]:
@@ -123,7 +150,9 @@ async def opened(probe: dict[str, Any]) -> dict[str, Any]:
     await asyncio.gather(*under_way)
     for connection in free:
         connection.transport.close()
-    return {"milliseconds": milliseconds, "failures": failures, "overrun": overrun}
+    found = {"milliseconds": milliseconds, "failures": statuses.total() - statuses[200], "overrun": overrun}
+    core = (time.process_time() - cpu) / (time.perf_counter() - start)
+    return {**found, "shed": sum(statuses[status] for status in SHED), "late": late, "core": core}
 
 
 async def _connect(probe: dict[str, Any]) -> Connection:
@@ -146,7 +175,7 @@ def _body(file: str) -> bytes:
 
 def main() -> None:
     """Answer probes until standard input ends."""
-    kinds = {"closed": closed, "open": opened}
+    kinds = {"closed": closed, "busy": busy, "open": opened}
     for line in sys.stdin:
         probe = json.loads(line)
         sys.stdout.write(json.dumps(asyncio.run(kinds[probe["kind"]](probe))) + "\n")

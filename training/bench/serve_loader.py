@@ -66,7 +66,7 @@ class Loader:
         self._process.stdout.close()
         self._process.wait(30)
 
-    def probe(self, case: Case, kind: Literal["closed", "open"], **rest: Any) -> dict[str, Any]:
+    def probe(self, case: Case, kind: Literal["closed", "busy", "open"], **rest: Any) -> dict[str, Any]:
         """Send requests as `serve_load` describes; Failure where the load's process has ended."""
         asked = {"kind": kind, "port": case.server.port, "path": case.way.path, "headers": dict(case.way.headers)}
         assert self._process.stdin is not None

@@ -49,11 +49,11 @@ class Size:
     shrink: int = 1
     candidates: int = 500
     requests: int = 64
-    check_rows: int = 60_000
+    check_rows: int = 200_000
 
 
 FULL: Final = Size()
-SMALL: Final = Size(width=32, head=16, shrink=100, candidates=50, requests=8, check_rows=20_000)
+SMALL: Final = Size(width=32, head=16, shrink=100, candidates=50, requests=8, check_rows=100_000)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _checked(scorer: Scorer, schema: Schema, size: Size) -> Backends:
     encoded = scorer.pipeline.encode(rows)
     score_N = scorer.score_encoded(encoded)
     label_N = (np.random.default_rng(3).random(len(score_N)) < score_N).astype(np.int64)
-    return check_backends(scorer, encoded, label_N, "rows of the benchmark")
+    return check_backends(scorer, encoded, label_N, "rows of the benchmark", size.check_rows)
 
 
 def make_requests(schema: Schema, size: Size, seed: int = 1) -> list[Request]:

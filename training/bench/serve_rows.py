@@ -13,8 +13,8 @@ from training.bench.serve_stages import WAIT, scrape, split
 from training.bench.timing import in_turns, quantiles
 from training.errors import Failure
 
-ENDPOINT = "masknet serve, exact, JSON"
-RIVAL = "FastAPI + PyTorch, JSON"  # what ratios are to
+ENDPOINT, FAST = "masknet serve, exact, JSON", "masknet serve, fast, JSON"
+RIVAL, ONNX = "FastAPI + PyTorch, JSON", "FastAPI + ONNX Runtime, JSON"  # ratios are to the first
 LATENCY, RATE, STAGE, MEMORY, LOAD = "latency", "rate at p99 < 50 ms", "stage", "memory", "load's own time"
 LONGEST = 10.0  # seconds of a run
 _SOAK_PART = 500  # requests between two looks at the memory

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from training.evaluation.delong import MIN_EACH, delong_difference
+from features.metrics_delong import MIN_EACH
+from training.evaluation.delong import delong_difference
 from training.evaluation.intervals import REPLICATES, Draws, Resampling, differences_of, estimates_of
 from training.evaluation.results import Comparison, Difference, Estimate
 from training.evaluation.sums import RANKED, FloatN
