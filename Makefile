@@ -70,9 +70,9 @@ audit: setup
 lock:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv
-	$(COMPILE) --extra cpu --extra ray --extra redis --extra dev --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/cpu.txt
-	$(COMPILE) --extra cpu --extra redis --constraint requirements/cpu.txt --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/serve.txt
-	$(COMPILE) --extra gpu --extra ray --extra redis --extra dev --output-file requirements/gpu.txt
+	$(COMPILE) --extra cpu --extra ray --extra redis --extra otlp --extra dev --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/cpu.txt
+	$(COMPILE) --extra cpu --extra redis --extra otlp --constraint requirements/cpu.txt --override requirements/cpu-overrides.txt --no-emit-package torch --output-file requirements/serve.txt
+	$(COMPILE) --extra gpu --extra ray --extra redis --extra otlp --extra dev --output-file requirements/gpu.txt
 	echo "recbole==1.2.1" | $(COMPILE:pyproject.toml=-) --no-deps --output-file requirements/data.txt
 
 clean:

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from features.errors import InputError
 
 _CHUNK = 1 << 20
+_TRIES = 100  # to lock a folder that others make and remove
 
 
 def sha256_file(path: Path) -> str:
@@ -94,17 +95,41 @@ def file_written_whole(target: Path) -> Iterator[Path]:
 def alone(folder: Path, command: str) -> Iterator[None]:
     """For the length of a block no other process works in the folder, which is made; one that dies lets go of it.
 
+    The block may remove the folder, with `remove_folder`: who has waited meanwhile begins in a new one.
+
     Raises:
         InputError: another process, which runs `command`, works in it, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-    with lock:
+    for _ in range(_TRIES):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder} is in use by another {command}") from None
-        yield
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, FileExistsError)) and not folder.is_file():
+                continue  # it was removed just now
+            raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder} is in use by another {command}") from None
+            if is_at(lock.fileno(), folder / "lock"):
+                yield
+                return
+    raise InputError(f"{folder} is in use by others, again and again")
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still the one at `path`: a lock on one that was removed keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, at once for those who look at it and not file by file."""
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.removed-{os.getpid()}")
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -26,6 +26,14 @@ Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0.0)]
 Share = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
 
 
+class Unscorable(InputError):
+    """Rows have no score: their values are finite, and too large for the network's fp32. `row` is the first."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row}: its values are too large to be scored")
+        self.row = row
+
+
 def logit(score_N: npt.NDArray[np.floating]) -> DoubleN:
     """log(p / (1 − p)) [N] in fp64; what is nearer to 0 or 1 than 6e-8, where fp32 ends next to 1, counts as that."""
     score = np.clip(score_N.astype(np.float64), _NEXT, 1 - _NEXT)
@@ -114,11 +122,14 @@ class Calibration(Frozen):
         """Calibrated scores [N] in fp32 of uncalibrated ones; without a curve those themselves.
 
         Raises:
+            Unscorable: a score is NaN.
             ValueError: a score is no number from 0 to 1; names the first.
         """
         bad_N = ~((score_N >= 0) & (score_N <= 1))  # NaN is
         if bad_N.any():
             first = int(np.argmax(bad_N))
+            if np.isnan(score_N[first]):
+                raise Unscorable(first)
             raise ValueError(f"score {score_N[first]} of row {first} is no probability")
         if self.kind == "none":
             return score_N

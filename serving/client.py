@@ -3,7 +3,7 @@
     with Client("http://localhost:3000") as client:
         ranking = client.rank({"user_id": "13"}, {"item_id": ["50", "181"]}, top_k=1)
 
-Candidates and rows are columns, rows, a frame or an Arrow table. Legend: N rows.
+Candidates and rows are columns, rows, a frame or an Arrow table; None and NaN are missing values. Legend: N rows.
 """
 
 import asyncio
@@ -70,7 +70,8 @@ class _Base:
 class Client(_Base):
     """Calls wait for their answers; safe to share between threads. To be closed, or used in a with statement.
 
-    Every call raises RankingError where the service refuses, and httpx.HTTPError where it cannot be reached.
+    Every call raises RankingError where the service refuses, httpx.HTTPError where it cannot be reached, and ValueError
+    for infinity, which no field takes.
     """
 
     def __init__(self, url: str, token: str | None = None, **options: Unpack[Options]) -> None:

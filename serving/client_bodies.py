@@ -1,8 +1,11 @@
 """What the clients send and read: calls in JSON or Arrow, answers and errors as objects. Legend: N rows."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -115,7 +118,9 @@ def rank_call(
     time: datetime | float | str | None,
     request_id: str | None,
 ) -> Call:
-    """A request of /rank."""
+    """A request of /rank; ValueError for infinity. NaN is a missing value, in both forms."""
+    for name, value in context.items():
+        _require_finite(value, f"context.{name}")
     rest: dict[str, Any] = {"context": dict(context), "top_k": top_k}
     if time is not None:
         rest["time"] = time
@@ -123,38 +128,62 @@ def rank_call(
 
 
 def predict_call(form: str, rows: "Rows", request_id: str | None) -> Call:
-    """A request of /predict."""
+    """A request of /predict, as `rank_call`."""
     return _call("/predict", form, "rows", rows, {}, request_id)
 
 
 def _call(path: str, form: str, key: str, rows: "Rows", rest: dict[str, Any], request_id: str | None) -> Call:
     headers = {} if request_id is None else {"x-request-id": request_id}
     if form == "arrow":
-        return Call("POST", path, _stream(rows, rest), {**headers, "content-type": ARROW, "accept": ARROW})
-    body = orjson.dumps({key: _plain(rows), **rest}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Call("POST", path, _stream(rows, key, rest), {**headers, "content-type": ARROW, "accept": ARROW})
+    body = orjson.dumps({key: _plain(rows, key), **rest}, option=orjson.OPT_SERIALIZE_NUMPY)
     return Call("POST", path, body, {**headers, "content-type": JSON})
 
 
-def _plain(rows: "Rows") -> Any:
-    """Rows as JSON has them; orjson writes NaN and infinity as null."""
-    if isinstance(rows, Mapping) or not hasattr(rows, "columns"):
-        return rows
-    from features.columns import as_table
+def _plain(rows: "Rows", place: str) -> Any:
+    """Rows as JSON has them; orjson writes NaN as null, and would write infinity so."""
+    if not isinstance(rows, Mapping) and hasattr(rows, "columns"):
+        return _table(rows, place).to_pydict()
+    for name in rows if isinstance(rows, Mapping) else dict.fromkeys(chain.from_iterable(rows)):
+        values = rows[name] if isinstance(rows, Mapping) else [row.get(name) for row in rows]
+        for row, value in enumerate(values):
+            _require_finite(value, f"{place}.{name}[{row}]")
+    return rows
 
-    return as_table(rows).to_pydict()
+
+def _require_finite(value: Any, location: str) -> None:
+    """ValueError for infinity of Python's or numpy's floats."""
+    if isinstance(value, Real) and not isinstance(value, Integral) and math.isinf(value):
+        raise ValueError(f"{location} is infinite, which no field takes")
 
 
-def _stream(rows: "Rows", rest: dict[str, Any]) -> bytes:
+def _stream(rows: "Rows", place: str, rest: dict[str, Any]) -> bytes:
     import pyarrow as pa
 
-    from features.columns import as_table
-
-    table = as_table(rows).replace_schema_metadata({_METADATA: orjson.dumps(rest)})
+    table = _table(rows, place).replace_schema_metadata({_METADATA: orjson.dumps(rest)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     content: bytes = sink.getvalue().to_pybytes()
     return content
+
+
+def _table(rows: "Rows", place: str) -> "pa.Table":
+    """Rows as columns, of which none has NaN or infinity."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from features.columns import as_table
+
+    table = as_table(rows)
+    for number, name in enumerate(table.column_names):
+        if pa.types.is_floating(table.schema.field(name).type):
+            column = table[name]
+            first = pc.index(pc.is_inf(column), True).as_py()
+            if first >= 0:
+                _require_finite(column[first].as_py(), f"{place}.{name}[{first}]")
+            table = table.set_column(number, name, pc.if_else(pc.is_nan(column), None, column))
+    return table
 
 
 def _is_arrow(response: httpx.Response) -> bool:

@@ -17,14 +17,23 @@ _RUN = re.compile(r"(?:runs:/)?([0-9a-f]{32})(?:/.*)?")
 _ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # MLflow's codes of what it does not have
 # Of a request to an MLflow server, where the environment does not say: who asks can wait and try again.
 _LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # whatever it says: nothing here is read by pickle
 
 
 class NotRegistered(InputError):
     """The registry has no such version. What it says, and where it is, are for who asked, and not for clients."""
 
 
-class RegistryAway(RuntimeError):
-    """MLflow, or what holds its files, does not answer now."""
+class NotNow(RuntimeError):
+    """A version cannot be had now, for a reason that may pass: it is tried again later. `details` are for the log."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details or message
+
+
+class RegistryAway(NotNow):
+    """MLflow does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ def locate(model: str) -> Located:
     try:
         found = find_registered(model)
         return Located(download(found, None), found.uri, found.version)
-    except RegistryAway as error:
-        raise InputError(f"model {model!r} is not in the registry {registry_uri()}: {error}") from None
+    except NotNow as error:
+        raise InputError(f"model {model!r} is not in the registry {registry_uri()}: {error.details}") from None
 
 
 def is_registered(model: str) -> bool:
@@ -122,14 +131,19 @@ def download(found: Registered, folder: Path | None) -> Path:
 
     Raises:
         NotRegistered: the registry does not have it any more.
-        RegistryAway: it, or what holds the files, does not answer.
+        RegistryAway: it does not answer.
+        NotNow: what holds the files does not answer, or the disk here is full.
     """
     with _answers(found.uri):
         import mlflow
 
         uri = mlflow.MlflowClient().get_model_version_download_uri(found.name, found.version)
-        target = None if folder is None else str(folder)
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=target)) / "artifacts" / BUNDLE_ARTIFACT
+    target = None if folder is None else str(folder)
+    try:
+        with _answers(found.uri):
+            return Path(mlflow.artifacts.download_artifacts(uri, dst_path=target)) / "artifacts" / BUNDLE_ARTIFACT
+    except RegistryAway as error:  # which MLflow does not tell from a full disk
+        raise NotNow(f"the files of {found.uri} cannot be copied", str(error)) from None
 
 
 @contextmanager
@@ -143,16 +157,19 @@ def _answers(model: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        reason = str(error).splitlines()[0]
         if error.error_code in _ABSENT:
+            reason = str(error).splitlines()[0]
             raise NotRegistered(f"model {model!r} is not in the registry {registry_uri()}: {reason}") from None
-        raise RegistryAway(_cause(reason)) from None
+        raise RegistryAway(_cause(one_line(error))) from None
     except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise RegistryAway(_cause(one_line(error))) from None
 
 
 def _cause(reason: str) -> str:
-    """The end of what requests and SQLAlchemy tell at length."""
+    """What the system has said, or the end of what requests and SQLAlchemy tell at length."""
+    system = re.search(r"\[Errno \d+\].*", reason)
+    if system:
+        return system[0][:200]
     told = reason.partition("(Caused by ")[2].removesuffix(")") or reason
     return told.partition(" (Background on this error")[0][-200:]
 

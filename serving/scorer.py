@@ -61,7 +61,8 @@ class Scorer:
         return other
 
     def score(self, rows: Rows) -> ScoreN:
-        """Scores [N] of raw rows; InputError names the field and row that cannot be encoded."""
+        """Scores [N] of raw rows; InputError names the field and row that cannot be encoded, or the row that cannot be
+        scored (Unscorable)."""
         return self.score_encoded(self.pipeline.encode(rows))
 
     def score_encoded(self, encoded: pa.Table) -> ScoreN:

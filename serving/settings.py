@@ -30,7 +30,7 @@ class Limits(_Section):
         default=16,
         ge=0,
         description="requests that wait for their turn in one worker; more are 429. While more arrive than can be "
-        "done, two for each that computes",
+        "done, one for each that computes",
     )
     deadline_ms: float = Field(
         default=1000.0,
@@ -79,6 +79,21 @@ class PredictionLog(_Section):
     keep_files: int = Field(default=100, ge=1, description="newest files of a worker that are kept")
 
 
+class Tracing(_Section):
+    """Requests and their stages as OpenTelemetry spans."""
+
+    endpoint: str = Field(
+        pattern="^https?://[^/]",
+        description="a collector of OTLP over HTTP, as in http://collector:4318/v1/traces; needs the extra otlp",
+    )
+    share: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        description="of requests; one that comes with a traceparent is traced if its caller is",
+    )
+
+
 class Store(_Section):
     """Where field values are fetched by key when a request names the key alone."""
 
@@ -113,6 +128,7 @@ class ServeSettings(_Section):
     challenger: Challenger | None = None
     shadow: Shadow | None = None
     log: PredictionLog | None = None
+    tracing: Tracing | None = None
     store: Store | None = None
     cache: Path | None = Field(
         default=None, description="folder of downloaded models, by default ~/.cache/masknet; a start without MLflow"

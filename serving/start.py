@@ -18,6 +18,7 @@ from serving.home import make_home
 from serving.life.asks import asks_of, require_alike
 from serving.life.opening import Opened, Opener
 from serving.life.shares import require_key
+from serving.monitoring.spans import tracing_of
 from serving.settings import VARIABLE, ServeSettings
 from serving.store.fill import Filler
 
@@ -40,10 +41,12 @@ def start(settings: ServeSettings, *, host: str, port: int) -> NoReturn:
     """Check models, folders and the port, print an example call, and replace this process by the server.
 
     Raises:
-        InputError: a model is not there, damaged or not what the settings need, or the port is taken.
+        InputError: a model is not there, damaged or not what the settings need, the port is taken, or a package is
+            missing.
     """
     _require_free(host, port)
     _require_device(settings.device)
+    tracing_of(settings.tracing)
     champion = check_models(settings)
     _require_folders(settings)
     Tokens.of(os.environ)

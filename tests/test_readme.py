@@ -17,6 +17,7 @@ import pytest
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from serving.api.codes import codes_reference
 from serving.reference import settings_reference
 from tests.benchmarks.quality_page import PAGE, page
 from training.cli import app
@@ -26,8 +27,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("masknet ")]
+SERVE = next(command for command in COMMANDS if command.startswith("masknet serve "))
 GATE = next(block for block in re.findall(r"```yaml\n(.*?)```", README, re.S) if block.startswith("slices:"))
 CURL = next(block for block in BLOCKS if block.startswith("curl "))
+SWAP = BLOCKS[-1].splitlines()
 CLIENT = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S))
 OWN_TARGETS = {"make demo", "make test"}
 
@@ -43,6 +46,7 @@ def test_make_targets_exist() -> None:
 def test_references_are_the_codes() -> None:
     assert config_reference() in (ROOT / "training" / "README.md").read_text()
     assert settings_reference() in (ROOT / "serving" / "README.md").read_text()
+    assert codes_reference() in (ROOT / "serving" / "README.md").read_text()
 
 
 def test_quality_is_what_was_measured() -> None:
@@ -103,6 +107,8 @@ def test_commands_are_understood() -> None:
         "tune",
         "ablate",
         "serve",
+        "promote",
+        "promote",
     ]
     commands: dict[str, Any] = vars(get_command(app))["commands"]
     for name, *given in words:
@@ -113,7 +119,7 @@ def test_commands_are_understood() -> None:
 
 @pytest.mark.long
 def test_commands_run_in_order(home: Path) -> None:
-    for command in COMMANDS[:-1]:
+    for command in COMMANDS[: COMMANDS.index(SERVE)]:
         process = start(home, command)
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, f"{command}\n{error}"
@@ -121,11 +127,11 @@ def test_commands_run_in_order(home: Path) -> None:
 
 
 @pytest.mark.long
-def test_serve_and_both_curl_lines(home: Path) -> None:
+def test_serve_both_curl_lines_a_swap_and_a_rollback(home: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    process = start(home, COMMANDS[-1].replace("3000", port))
+    process = start(home, f"{SERVE.replace('3000', port)} --set follow.interval_seconds=0.5")
     try:
         assert process.stdout is not None
         process.stdout.readline()
@@ -139,9 +145,29 @@ def test_serve_and_both_curl_lines(home: Path) -> None:
         exec(CLIENT.replace("3000", port), found)
         assert found["ranking"].model.version == answer["model"]["version"]
         assert len(found["ranking"].items) == 1
+        swap_and_roll_back(home, port, answer["model"]["version"])
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+def swap_and_roll_back(home: Path, port: str, before: str) -> None:
+    """Each `masknet promote` changes the version that the curl line after it shows, and that of /rank's replies."""
+    versions = [before]
+    for promote, look in zip(SWAP[::2], SWAP[1::2], strict=True):
+        done = start(home, promote)
+        _, error = done.communicate(timeout=120)
+        assert done.returncode == 0, f"{promote}\n{error}"
+        words = shlex.split(look.replace("3000", port))
+        assert words[:2] == ["curl", "-s"]
+        for _ in range(300):
+            shown = httpx.get(words[2]).json()["model"]["version"]
+            if shown != versions[-1]:
+                break
+            time.sleep(0.2)
+        assert post_as_curl_would(CURL.replace("3000", port))["model"]["version"] == shown
+        versions.append(shown)
+    assert versions == [before, "1", before] != ["1"] * 3
 
 
 def wait_until_ready(url: str) -> None:
@@ -155,7 +181,7 @@ def wait_until_ready(url: str) -> None:
     pytest.fail(f"{url} is not ready after a minute")
 
 
-def post_as_curl_would(command: str) -> dict[str, list[dict[str, float]]]:
+def post_as_curl_would(command: str) -> dict[str, Any]:
     """Send what the curl line sends; curl itself is not on every machine."""
     words = shlex.split(command)
     assert words[:2] == ["curl", "-s"]
@@ -163,5 +189,5 @@ def post_as_curl_would(command: str) -> dict[str, list[dict[str, float]]]:
     name, _, value = header.partition(": ")
     answer = httpx.post(url, content=body.encode(), headers={name: value})
     assert answer.status_code == 200, answer.text
-    result: dict[str, list[dict[str, float]]] = json.loads(answer.text)
+    result: dict[str, Any] = json.loads(answer.text)
     return result

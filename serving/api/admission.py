@@ -2,7 +2,7 @@
 
 A request computes in one of `concurrency` threads, which take the next waiting one without asking the event loop. Its
 place in the queue ends with its turn, its deadline, or its client. While more work arrives than can be done (over the
-last 20 service times), only two requests per thread may wait: a longer queue would not answer more of them, only later.
+last 20 service times), only one request per thread may wait: a longer queue would hardly answer more, only later.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from serving.api.errors import ApiError
 from serving.settings import Limits
 
 T = TypeVar("T")
-_SHORT = 2  # waiting requests per thread under overload: with its own a request then takes three service times at most
+_SHORT = 1  # waiting requests per thread under overload: two service times, and what refusing others takes meanwhile
 _MEMORY = 20  # service times over which the load is taken
 _BLEND = 0.1  # weight of a new service time in their mean
 COMPUTE_SECONDS = 10.0  # after which a request that computes is given up: its client gets an error, its thread goes on

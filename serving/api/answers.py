@@ -10,9 +10,9 @@ import pyarrow as pa
 from features.errors import InputError
 from features.schema import Schema
 from serving.api import arrow, requests
+from serving.api.blame import refusal
 from serving.api.bodies import ARROW, JSON, Form
 from serving.api.columns import Columns
-from serving.api.errors import ApiError
 from serving.api.parts import Engine, Parts
 from serving.api.requests import RankRequest, sent_of
 from serving.trace import Trace
@@ -44,7 +44,7 @@ def rank(parts: Parts, trace: Trace, body: bytes, form: Form, to_arrow: bool) ->
     try:
         best = engine.rank(asked.context, asked.candidates, asked.top_k, asked.time, trace)
     except InputError as error:
-        raise ApiError(422, "bad_value", str(error)) from None
+        raise refusal(error, engine.schema, "candidates", body, form, asked.context, asked.candidates) from None
     index_K, score_K = [item.index for item in best], [item.score for item in best]
     if to_arrow:
         answer = Answer(arrow.ranking_stream(index_K, score_K, _model(engine)), ARROW, asked)
@@ -59,8 +59,7 @@ def predict(parts: Parts, trace: Trace, body: bytes, form: Form, to_arrow: bool)
     """Answer /predict, always by the champion; ApiError says what is wrong."""
     trace.lap("queue")
     engine = parts.fleet.champion
-    parse = requests.parse_predict if form == "json" else arrow.parse_predict
-    rows = parse(body, engine.schema, optional=parts.optional, rows=parts.settings.limits.rows)
+    rows = _parse_predict(parts, body, form, engine.schema)
     columns = _noted(trace, engine, {}, rows)
     trace.lap("parse")
     if parts.filler:
@@ -70,7 +69,7 @@ def predict(parts: Parts, trace: Trace, body: bytes, form: Form, to_arrow: bool)
     try:
         score_N = engine.predict(rows, trace)
     except InputError as error:
-        raise ApiError(422, "bad_value", str(error)) from None
+        raise refusal(error, engine.schema, "rows", body, form, {}, rows) from None
     if to_arrow:
         answer = Answer(arrow.scores_stream(score_N, _model(engine)), ARROW)
     else:
@@ -95,8 +94,17 @@ def about(parts: Parts) -> dict[str, Any]:
 
 
 def _parse_rank(parts: Parts, body: bytes, form: Form, schema: Schema) -> RankRequest:
-    parse = requests.parse_rank if form == "json" else arrow.parse_rank
-    return parse(body, schema, optional=parts.optional, rows=parts.settings.limits.rows)
+    limits = parts.settings.limits
+    if form == "json":
+        return requests.parse_rank(body, schema, optional=parts.optional, rows=limits.rows)
+    return arrow.parse_rank(body, schema, optional=parts.optional, rows=limits.rows, size=limits.body_bytes)
+
+
+def _parse_predict(parts: Parts, body: bytes, form: Form, schema: Schema) -> Columns | pa.Table:
+    limits = parts.settings.limits
+    if form == "json":
+        return requests.parse_predict(body, schema, optional=parts.optional, rows=limits.rows)
+    return arrow.parse_predict(body, schema, optional=parts.optional, rows=limits.rows, size=limits.body_bytes)
 
 
 def _asks_other_fields(one: Schema, other: Schema) -> bool:

@@ -1,14 +1,15 @@
 """Requests and answers as Arrow IPC streams: the candidates or rows are the stream, the rest is JSON in its metadata.
 
 The metadata of the stream's schema holds, under `masknet`, {"context", "top_k", "time"} as /rank takes them in JSON.
-Columns are checked as those of JSON are, with the same errors. Nothing is decoded before its size is known: compressed
-bodies, and types in which few bytes can stand for many values, are refused.
+Columns are checked as those of JSON are, with the same errors. Nothing is decoded before its size is known (see
+serving.api.arrow_headers): compressed bodies, and types in which few bytes can stand for many values, are refused.
 
 Legend: N rows, K ranked candidates.
 """
 
 import struct
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import orjson
 import pyarrow as pa
 
 from features.schema import Schema
-from serving.api.arrow_columns import checked_column, sized
-from serving.api.columns import no_rows, require_at_most
+from serving.api.arrow_columns import checked_column, decoded_bytes, joined, sized
+from serving.api.arrow_headers import Room, require_small
+from serving.api.columns import no_rows
 from serving.api.errors import ApiError
 from serving.api.requests import (
     MAX_ROWS,
@@ -31,10 +33,11 @@ from serving.api.requests import (
 )
 from serving.api.values import Sent
 from serving.calibration import ScoreN
+from serving.settings import Limits
 
 METADATA = b"masknet"
-# Fields of Arrow's RecordBatch (the first two), Message and DictionaryBatch.
-_LENGTH, _COMPRESSION, _HEADER, _DATA = 0, 3, 2, 1
+MAX_BYTES = Limits().body_bytes
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream (Arrow columnar format, "IPC streaming format")
 
 
 class ArrowColumns(MutableMapping[str, Sequence[Any]]):
@@ -64,52 +67,68 @@ class ArrowColumns(MutableMapping[str, Sequence[Any]]):
         return int(self.table.num_columns)
 
 
-def parse_rank(body: bytes, schema: Schema, *, optional: Collection[str] = (), rows: int = MAX_ROWS) -> RankRequest:
-    """Check a /rank body; ApiError says what is wrong and where, as in JSON (see serving.api.requests)."""
-    stream = _open(body)
+def parse_rank(
+    body: bytes, schema: Schema, *, optional: Collection[str] = (), rows: int = MAX_ROWS, size: int = MAX_BYTES
+) -> RankRequest:
+    """Check a /rank body; ApiError says what is wrong and where, as in JSON (see serving.api.requests).
+
+    `size` is the most bytes that the stream may take once it is decoded, if it was not sent with more; others are 413.
+    """
+    size = max(size, len(body))
+    stream = _open(body, "candidates", rows, size)
     data = _metadata(stream, {"context", "top_k", "time"})
     sent = sent_of(schema, with_times=False)
     context = context_of(data, sent)
-    candidates = _columns(body, stream, "candidates", sent, rows)
+    candidates = _columns(stream, "candidates", sent, Room(size), len(body))
     require_fields(candidates.column_names, "candidates", sent, context, optional)
     return RankRequest(context, candidates, top_k_of(data), time_of(data))
 
 
-def parse_predict(body: bytes, schema: Schema, *, optional: Collection[str] = (), rows: int = MAX_ROWS) -> pa.Table:
-    """Check a /predict body; ApiError says what is wrong and where."""
-    stream = _open(body)
+def parse_predict(
+    body: bytes, schema: Schema, *, optional: Collection[str] = (), rows: int = MAX_ROWS, size: int = MAX_BYTES
+) -> pa.Table:
+    """Check a /predict body; ApiError says what is wrong and where; see `parse_rank`."""
+    size = max(size, len(body))
+    stream = _open(body, "rows", rows, size)
     _metadata(stream, set())
     sent = sent_of(schema, with_times=True)
-    table = _columns(body, stream, "rows", sent, rows)
+    table = _columns(stream, "rows", sent, Room(size), len(body))
     require_fields(table.column_names, "rows", sent, {}, optional)
     return table
 
 
 def scores_stream(score_N: ScoreN, model: Mapping[str, str]) -> bytes:
     """An answer of /predict: one column `score`, and which model in the metadata."""
-    return _written({"score": pa.array(score_N)}, model)
+    return _written([pa.array(score_N)], ("score",), model)
 
 
 def ranking_stream(index_K: Sequence[int], score_K: Sequence[float], model: Mapping[str, str]) -> bytes:
     """An answer of /rank: columns `index` and `score`, best first, and which model in the metadata."""
-    return _written({"index": pa.array(index_K, pa.int32()), "score": pa.array(np.asarray(score_K, np.float32))}, model)
+    arrays = [pa.array(np.asarray(index_K, np.int32)), pa.array(np.asarray(score_K, np.float32))]
+    return _written(arrays, ("index", "score"), model)
 
 
-def _written(columns: dict[str, pa.Array], model: Mapping[str, str]) -> bytes:
-    batch = pa.record_batch(columns, metadata={METADATA: orjson.dumps({"model": model})})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+def _written(arrays: list[pa.Array], names: tuple[str, ...], model: Mapping[str, str]) -> bytes:
+    head, schema = _head(tuple(array.type for array in arrays), names, *model.items())
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    return head + batch.serialize().to_pybytes() + _END
 
 
-def _open(body: bytes) -> pa.RecordBatchStreamReader:
+@lru_cache(maxsize=16)  # of every answer of a model the same; making it is half of the work
+def _head(types: tuple[pa.DataType, ...], names: tuple[str, ...], *model: tuple[str, str]) -> tuple[bytes, pa.Schema]:
+    """A stream's first message, and the schema that it holds."""
+    metadata = {METADATA: orjson.dumps({"model": dict(model)})}
+    schema = pa.schema(list(zip(names, types, strict=True)), metadata)
+    return schema.serialize().to_pybytes(), schema
+
+
+def _open(body: bytes, place: str, rows: int, size: int) -> pa.RecordBatchStreamReader:
     try:
+        require_small(body, place, rows, size)
         stream = pa.ipc.open_stream(pa.py_buffer(body))
         _ = stream.schema.names  # raises where one is no Unicode
         return stream
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, IndexError, struct.error) as error:
         raise _not_arrow(error) from None
 
 
@@ -121,7 +140,7 @@ def _metadata(stream: pa.RecordBatchStreamReader, allowed: set[str]) -> dict[str
     return object_of((stream.schema.metadata or {}).get(METADATA, b"{}"), allowed)
 
 
-def _columns(body: bytes, stream: pa.RecordBatchStreamReader, place: str, sent: Sent, limit: int) -> pa.Table:
+def _columns(stream: pa.RecordBatchStreamReader, place: str, sent: Sent, room: Room, sent_bytes: int) -> pa.Table:
     """The stream's table of checked columns, decoded after its size, names and types are found right."""
     names = stream.schema.names
     for name in names:
@@ -130,46 +149,16 @@ def _columns(body: bytes, stream: pa.RecordBatchStreamReader, place: str, sent: 
             raise ApiError(422, "field_twice", f"column {name!r} is there twice", f"{place}.{name}")
         sized(stream.schema.field(name).type, f"{place}.{name}")
     try:
-        require_at_most(limit, _rows_of(body), place)
         table = stream.read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _not_arrow(error) from None
     if table.num_rows == 0 or not names:
         raise no_rows(place)
-    columns = {name: checked_column(table[name], sent.checks[name], f"{place}.{name}") for name in names}
-    return pa.table(columns)
-
-
-def _rows_of(body: bytes) -> int:
-    """Rows of all batches by their headers; ApiError where a batch or a dictionary is compressed."""
-    rows = 0
-    for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body)):
-        if message.type == "schema":
-            continue
-        header = message.metadata.to_pybytes()
-        batch = _field(header, _at(header, 0), _HEADER)
-        if message.type == "dictionary":
-            batch = _field(header, _at(header, batch or 0), _DATA)
-        table = _at(header, batch or 0)
-        if _field(header, table, _COMPRESSION) is not None:
-            raise ApiError(415, "compressed", "the stream's buffers are compressed; send them as they are")
-        length = _field(header, table, _LENGTH)
-        if message.type == "record batch" and length is not None:
-            rows += struct.unpack_from("<q", header, length)[0]
-    return rows
-
-
-def _at(buffer: bytes, position: int) -> int:
-    """Where an offset in a flatbuffer points to."""
-    return int(position + struct.unpack_from("<I", buffer, position)[0])
-
-
-def _field(buffer: bytes, table: int, number: int) -> int | None:
-    """Where a field of a flatbuffer's table lies; None where it is left out."""
-    vtable = table - struct.unpack_from("<i", buffer, table)[0]
-    place = 4 + 2 * number
-    if place >= struct.unpack_from("<H", buffer, vtable)[0]:
-        return None
-    offset = struct.unpack_from("<H", buffer, vtable + place)[0]
-    return table + offset if offset else None
+    if not room.holds(len(names) * sent_bytes):  # columns may be made of the same bytes
+        room.take(sum(column.nbytes for column in table.columns))
+    arrays = {name: joined(table[name]) for name in names}
+    room.take(sum(map(decoded_bytes, arrays.values())))
+    return pa.table(
+        {name: checked_column(array, sent.checks[name], f"{place}.{name}") for name, array in arrays.items()}
+    )

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.columns import MAX_BYTES
 from serving.api.errors import ApiError
 from serving.api.times import EXPECTED
 from serving.api.values import MAX_WHOLE, Check
@@ -33,9 +32,23 @@ def sized(kind: pa.DataType, location: str) -> None:
         raise ApiError(422, "wrong_type", f"columns are {TYPES}; not {kind}", location)
 
 
-def checked_column(column: pa.ChunkedArray, check: Check, location: str) -> pa.Array:
-    """The column as one array that the pipeline takes; ApiError names the place of the first wrong value."""
-    array = _joined(column, location)
+def joined(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies a single one, too
+    return array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+
+
+def decoded_bytes(array: pa.Array) -> int:
+    """Of a dictionary's text, each value as often as it is meant; 0 of an array without dictionary."""
+    if not pa.types.is_dictionary(array.type):
+        return 0
+    return pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+
+
+def checked_column(array: pa.Array, check: Check, location: str) -> pa.Array:
+    """The column as the pipeline takes it; ApiError names the place of the first wrong value."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     if pa.types.is_null(array.type):
         return array
     if check.kind == "number":
@@ -56,20 +69,6 @@ def checked_column(column: pa.ChunkedArray, check: Check, location: str) -> pa.A
         raise _wrong(array, expected, location)
     if check.kind == "whole":
         _check_whole(array, location)
-    return array
-
-
-def _joined(column: pa.ChunkedArray, location: str) -> pa.Array:
-    """One array; of a dictionary each value as often as it is meant, once no value is too long for that."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
-    if pa.types.is_dictionary(array.type):
-        longest = pc.max(pc.binary_length(array.dictionary)).as_py()
-        if longest is not None and longest > MAX_BYTES:
-            message = f"a text has {longest} bytes; at most {MAX_BYTES} are taken"
-            raise ApiError(422, "bad_value", message, location)
-        array = array.dictionary_decode()
     return array
 
 
@@ -109,20 +108,19 @@ def _without_items(array: pa.Array, location: str) -> pa.Array:
 
 def _check_items(array: pa.Array, check: Check, location: str) -> None:
     items = pc.list_flatten(array)
-    rows = pc.list_parent_indices(array)
     if not (_is_text(items.type) or pa.types.is_integer(items.type)):
         raise _wrong(items, "texts or whole numbers", location)
-    _refuse_where(items.is_null(), "wrong_type", "expected text or a whole number, not null", location, rows)
+    _refuse_where(items.is_null(), "wrong_type", "expected text or a whole number, not null", location, array)
     if check.kind == "whole":
-        _check_whole(items, location, rows)
+        _check_whole(items, location, array)
 
 
-def _check_whole(array: pa.Array, location: str, rows: pa.Array | None = None) -> None:
+def _check_whole(array: pa.Array, location: str, lists: pa.Array | None = None) -> None:
     if pa.types.is_integer(array.type):
         good = pc.and_(pc.greater_equal(array, 0), pc.less_equal(array, min(MAX_WHOLE, _top(array.type))))
     else:
         good = pc.match_substring_regex(array, _WHOLE)
-    _refuse_where(pc.invert(good), "bad_value", "is no whole number of 0 or more", location, rows)
+    _refuse_where(pc.invert(good), "bad_value", "is no whole number of 0 or more", location, lists)
 
 
 def _top(kind: pa.DataType) -> int:
@@ -131,13 +129,14 @@ def _top(kind: pa.DataType) -> int:
     return int(2**bits - 1)
 
 
-def _refuse_where(bad: pa.Array, code: str, message: str, location: str, rows: pa.Array | None = None) -> None:
-    """ApiError at the first true value; of a list's items `rows` says in whose list each is."""
+def _refuse_where(bad: pa.Array, code: str, message: str, location: str, lists: pa.Array | None = None) -> None:
+    """ApiError at the first true value; `lists` are those whose items are looked at."""
     first = pc.index(bad, True).as_py()
     if first < 0:
         return
-    if rows is None:
+    if lists is None:
         raise ApiError(422, code, message, f"{location}[{first}]")
+    rows = pc.list_parent_indices(lists)
     row = rows[first].as_py()
     item = first - pc.index(rows, row).as_py()
     raise ApiError(422, code, message, f"{location}[{row}][{item}]")

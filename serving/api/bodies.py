@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serving.api.errors import ApiError
 from serving.settings import Limits
@@ -67,6 +67,7 @@ async def read_body(request: Request, limits: Limits, take: Take) -> bytes:
         ApiError: 413 above the size limit, by the length that is announced where it is; 415 for a content encoding;
             408 where the body does not arrive in time, so that nobody holds connections by sending slowly; 429 where
             the bodies of others leave no room.
+        ClientDisconnect: the client has closed the connection.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -74,18 +75,24 @@ async def read_body(request: Request, limits: Limits, take: Take) -> bytes:
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limits.body_bytes:
         raise _too_large(limits)
-    body = bytearray()
+    chunks: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.body_bytes:
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk, more = message.get("body", b""), message.get("more_body", False)
+                size += len(chunk)
+                if size > limits.body_bytes:
                     raise _too_large(limits)
                 take(len(chunk))
+                chunks.append(chunk)
     except TimeoutError:
-        message = f"the body did not arrive within {limits.body_seconds:g} s"
-        raise ApiError(408, "body_too_slow", message) from None
-    return bytes(body)
+        raise ApiError(408, "body_too_slow", f"the body did not arrive within {limits.body_seconds:g} s") from None
+    return b"".join(chunks)
 
 
 async def gone(request: Request) -> None:

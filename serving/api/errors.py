@@ -7,9 +7,11 @@ ApiError   status, code, message and location; serving.api.routes turns it into
 import orjson
 from starlette.responses import Response
 
+from serving.api.codes import CODES
+
 
 class ApiError(Exception):
-    """A request that cannot be answered, and why; `retry_after` is in seconds."""
+    """A request that cannot be answered, and why: a code of serving.api.codes; `retry_after` is in seconds."""
 
     def __init__(
         self,
@@ -21,6 +23,7 @@ class ApiError(Exception):
         retry_after: int | None = None,
         allow: str | None = None,
     ) -> None:
+        assert code in CODES, code
         super().__init__(message)
         self.status, self.code, self.message, self.location = status, code, message, location
         self.retry_after, self.allow = retry_after, allow

@@ -2,11 +2,14 @@
 
 import re
 import uuid
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.auth import Tokens
+from serving.api.codes import CODES
 from serving.api.errors import ApiError
 
 ID_HEADER = b"x-request-id"
@@ -16,13 +19,29 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 503: "not_ready"}
 
 
 class Gate:
-    """Around all of a service, the pages of BentoML included."""
+    """Around all of a service, the pages of BentoML included.
 
-    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
-        self._app = app
-        self._tokens = tokens
+    Args:
+        app: the service.
+        tokens: whoever sends one of these may pass.
+        routes: applications by their paths, which are asked without the search for a route in BentoML and in theirs.
+        told: hears of whoever is sent away.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        tokens: Tokens,
+        routes: Mapping[str, ASGIApp] = MappingProxyType({}),
+        told: Callable[[Scope, ApiError], None] = lambda scope, error: None,
+    ) -> None:
+        self._app, self._tokens, self._routes, self._told = app, tokens, routes, told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none; left to BentoML, it would never be answered
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})  # before it is accepted: 403
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -32,9 +51,10 @@ class Gate:
         scope[_KEY] = request_id.decode()
         out = _Out(send, request_id, scope["method"] == "HEAD")
         if self._tokens.admit(scope["path"], headers.get(b"authorization", b"")):
-            await self._app(scope, receive, out)
+            await self._routes.get(scope["path"], self._app)(scope, receive, out)
         else:
             error = ApiError(401, "unauthorized", "send a valid token in the header Authorization: Bearer …")
+            self._told(scope, error)
             await error.response()(scope, receive, out)
 
 
@@ -65,10 +85,7 @@ class _Out:
 
     def _replaced(self, status: int, headers: list[Any]) -> list[Any]:
         code = _CODES.get(status, "internal" if status >= 500 else "bad_request")
-        texts = {"not_ready": "no model is ready, or the service is about to end", "not_found": "there is no such page"}
-        texts["method_not_allowed"] = "the route takes another method"
-        message = texts.get(code, "the request cannot be answered")
-        error = ApiError(status, code, message, retry_after=1 if status == 503 else None)
+        error = ApiError(status, code, CODES[code].meaning, retry_after=1 if status == 503 else None)
         answer = error.response()
         self._content = bytes(answer.body)
         kept = [pair for pair in headers if pair[0] in (b"allow", b"server")]

@@ -4,23 +4,30 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any, get_args
 
+from features.columns import MAX_BYTES
 from features.fields import DateField, ListField, NumericField, RawField
 from features.schema import Schema
+from serving.api.codes import CODES
 from serving.api.requests import DEFAULT_TOP_K
 from serving.api.times import EXPECTED, time_columns
+from serving.api.values import MAX_WHOLE
 from serving.calibration import Kind
 
 Json = dict[str, Any]
 _MOMENT = datetime(2024, 5, 1, 18, 30, tzinfo=UTC)
-_TIME: list[Json] = [{"type": "number"}, {"type": "string"}]
+_FIRST, _LAST = (moment.replace(microsecond=0, tzinfo=UTC).timestamp() for moment in (datetime.min, datetime.max))
+_TIME: list[Json] = [{"type": "number", "minimum": _FIRST, "maximum": _LAST}, {"type": "string"}]
 _WHOLE = r"^([0-9]{1,18}(\.0+)?)?$"
+_TEXT: Json = {"type": "string", "maxLength": MAX_BYTES, "description": f"At most {MAX_BYTES} bytes, none of them NUL"}
+_INTEGER: Json = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}  # a larger one is read as a float
+_SCORE: Json = {"type": "number", "minimum": 0, "maximum": 1}
 
 
 def rank_body(schema: Schema, limit: int, optional: Collection[str]) -> Json:
     """What /rank takes, and an example; `limit` is the most candidates, `optional` what may be left out."""
     fields = {field.name: _value(schema, field) for field in schema.served_fields}
     body = object_of({"context": object_of(fields), "candidates": _rows(fields, limit)}, required=["candidates"])
-    body["properties"]["top_k"] = {"type": "integer", "minimum": 1, "default": DEFAULT_TOP_K}
+    body["properties"]["top_k"] = {**_INTEGER, "minimum": 1, "default": DEFAULT_TOP_K}
     body["properties"]["time"] = {"oneOf": _TIME, "description": f"{EXPECTED}, for date fields; now where left out"}
     body |= _fetched(optional)
     examples = {field.name: _example(schema, field) for field in schema.served_fields}
@@ -44,33 +51,42 @@ def predict_body(schema: Schema, limit: int, optional: Collection[str]) -> Json:
     return {"schema": body, "example": {"rows": [row]}}
 
 
-def rank_answer() -> Json:
-    item = object_of({"index": {"type": "integer"}, "score": {"type": "number"}}, required=["index", "score"])
-    return object_of({"model": _reference(), "items": {"type": "array", "items": item}}, required=["model", "items"])
+def rank_answer(model: Json) -> Json:
+    """What /rank answers, and an example by this model."""
+    item = object_of({"index": {"type": "integer", "minimum": 0}, "score": _SCORE}, required=["index", "score"])
+    items: Json = {"type": "array", "minItems": 1, "items": item}
+    answer = object_of({"model": _reference(), "items": items}, required=["model", "items"])
+    return {"schema": answer, "example": {"model": model, "items": [{"index": 1, "score": 0.93}]}}
 
 
-def predict_answer() -> Json:
-    scores = {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}}
-    return object_of({"model": _reference(), "scores": scores}, required=["model", "scores"])
+def predict_answer(model: Json) -> Json:
+    """What /predict answers, and an example by this model."""
+    scores = {"type": "array", "minItems": 1, "items": _SCORE}
+    answer = object_of({"model": _reference(), "scores": scores}, required=["model", "scores"])
+    return {"schema": answer, "example": {"model": model, "scores": [0.07]}}
 
 
-def model_answer() -> Json:
+def model_answer(example: Json) -> Json:
+    """What /model answers; what it answers now is the example."""
     free: Json = {"type": "object"}
     parts: Json = {
         "model": _reference(),
         "metrics": free,
         "members": {"type": "integer", "minimum": 1, "description": "Trained models whose scores are averaged"},
         "calibration": {"type": "string", "enum": list(get_args(Kind))},
-        "engine": {**free, "description": "Backend, and the tables' memory and largest error"},
-        "life": {**free, "description": "Where the model comes from, and which new version was refused and why"},
+        "engine": {**free, "description": "Backend, its largest difference, and the tables' memory and largest error"},
+        "life": {
+            **free,
+            "description": "Where the model comes from, and which new version was refused, or is tried again, and why",
+        },
         "schema": free,
     }
-    return object_of(parts, required=list(parts))
+    return {"schema": object_of(parts, required=list(parts)), "example": example}
 
 
 def error_body() -> Json:
     text: Json = {"type": "string"}
-    texts = {"code": text, "message": text, "location": {**text, "nullable": True}}
+    texts = {"code": {**text, "enum": list(CODES)}, "message": text, "location": {**text, "nullable": True}}
     return object_of({"error": object_of(texts, required=list(texts))}, required=["error"])
 
 
@@ -96,9 +112,9 @@ def _rows(fields: dict[str, Json], limit: int) -> Json:
 def _value(schema: Schema, field: RawField) -> Json:
     if isinstance(field, NumericField):
         return {"type": "number", "nullable": True}
-    one: list[Json] = [{"type": "string"}, {"type": "integer"}]
+    one: list[Json] = [_TEXT, _INTEGER]
     if schema.encoder_of(field) == "identity":
-        one = [{"type": "string", "pattern": _WHOLE}, {"type": "integer", "minimum": 0}]
+        one = [{"type": "string", "pattern": _WHOLE}, {"type": "integer", "minimum": 0, "maximum": MAX_WHOLE}]
     if isinstance(field, ListField):
         items: Json = {"type": "array", "items": {"oneOf": one}}
         return {"oneOf": [items, {"type": "string"}] if field.separator else [items], "nullable": True}

@@ -1,7 +1,7 @@
 """What the routes are made of: models, and what counts, logs and completes requests. serving.service wires them."""
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -83,43 +83,13 @@ class Filler(Protocol):
     def close(self) -> None: ...
 
 
-class Unwatched:
-    """Counts nothing."""
-
-    def answered(self, trace: Trace) -> None:
-        pass
-
-    def refused(self, route: str, status: int, code: str) -> None:
-        pass
-
-    def queue(self, depth: int) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class OneModel:
-    """A single model that never changes."""
-
-    champion: Engine
-    ready: bool = True
-
-    def choose(self, context: Mapping[str, Any]) -> tuple[Engine, Role]:
-        return self.champion, "champion"
-
-    def after(self, request: RankRequest, trace: Trace) -> None:
-        pass
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-
 @dataclass
 class Parts:
     """Everything that a request meets. `draining` is set once the process has been told to end."""
 
     fleet: Models
-    settings: ServeSettings = field(default_factory=ServeSettings)
-    watch: Observer = field(default_factory=Unwatched)
+    settings: ServeSettings
+    watch: Observer
     log: Log | None = None
     filler: Filler | None = None
     draining: bool = False

@@ -10,7 +10,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from serving.api import answers
 from serving.api.admission import Gone
@@ -20,9 +20,9 @@ from serving.api.errors import ApiError
 from serving.api.gate import request_id_of
 from serving.api.openapi import describe
 from serving.api.parts import Parts
+from serving.failures import log_failure
 from serving.trace import Trace
 
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]  # all: a wrong one gets our body too
 _ROUTES = ("/rank", "/predict", "/model", "/docs.json")
 _SERVICE = ("/livez", "/readyz", "/healthz", "/metrics")  # BentoML's, but for methods that it does not know
 _UI = ("/", "/static_content/")  # BentoML's own pages, which are not this application's
@@ -32,22 +32,37 @@ Handler = Callable[[Parts, Request], Awaitable[Response]]
 Work = Callable[[Parts, Trace, bytes, Form, bool], Answer]
 
 
-def create_app(parts: Parts | None = None) -> Starlette:
-    """The routes; without parts, these are put in `app.state.parts` before the first request."""
-    handlers: dict[str, tuple[str, Handler]] = {
-        "/rank": ("POST", partial(_scored, answers.rank)),
-        "/predict": ("POST", partial(_scored, answers.predict)),
-        "/model": ("GET", _model),
-        "/docs.json": ("GET", _docs),
-    }
-    routes: list[Route] = [
-        Route(path, partial(_guarded, handler, verb), methods=_METHODS) for path, (verb, handler) in handlers.items()
-    ]
-    routes += [_Wrong(path, partial(_guarded, _not_found, "GET"), methods=_METHODS) for path in _SERVICE]
-    routes.append(_Otherwise("/{path:path}", partial(_guarded, _not_found, None), methods=_METHODS))
-    app = Starlette(routes=routes)
-    app.state.parts = parts
-    return app
+class Routes:
+    """The routes, and `app`, which finds them.
+
+    Args:
+        parts: what answers; it may also be set later, before the first request.
+    """
+
+    def __init__(self, parts: Parts | None = None) -> None:
+        self.parts = parts
+        handlers: dict[str, tuple[str, Handler]] = {
+            "/rank": ("POST", partial(_scored, answers.rank)),
+            "/predict": ("POST", partial(_scored, answers.predict)),
+            "/model": ("GET", _model),
+            "/docs.json": ("GET", _docs),
+        }
+        self.by_path = {path: _Guarded(self, handler, verb) for path, (verb, handler) in handlers.items()}
+        found: list[Route] = [Route(path, guarded) for path, guarded in self.by_path.items()]
+        found += [_Wrong(path, _Guarded(self, _not_found, "GET")) for path in _SERVICE]
+        found.append(_Otherwise("/{path:path}", _Guarded(self, _not_found, None)))
+        self.app = Starlette(routes=found)
+
+    def refused(self, scope: Scope, error: ApiError) -> None:
+        """Count and log a refusal: what is wrong and where, but no value of the request unless that is asked for."""
+        if self.parts is None:  # the service has just begun to start
+            return
+        route = scope["path"] if scope["path"] in _ROUTES else "other"
+        self.parts.watch.refused(route, error.status, error.code)
+        values = ""
+        if self.parts.settings.log_requests:
+            values = f" at {error.location}: {error.message}" if error.location else f": {error.message}"
+        _log.info("request %s: %s %d %s%s", request_id_of(scope), route, error.status, error.code, values)
 
 
 class _Wrong(Route):
@@ -67,37 +82,39 @@ class _Otherwise(Route):
         return super().matches(scope)
 
 
-async def _guarded(handler: Handler, verb: str | None, request: Request) -> Response:
-    """Answer, or put any error into the one body; what nobody foresaw is logged and not told."""
-    parts: Parts = request.app.state.parts
-    try:
-        if verb and request.method != verb and not (verb == "GET" and request.method == "HEAD"):
-            raise ApiError(405, "method_not_allowed", f"{request.url.path} takes {verb}", allow=verb)
-        return await handler(parts, request)
-    except ApiError as error:
-        _tell(parts, request, error)
-        return error.response()
-    except (ClientDisconnect, Gone):
-        return Response(status_code=499)  # nobody reads it; the number is the one that proxies log
-    except Exception:
-        _log.exception("request %s: %s failed", request_id_of(request.scope), request.url.path)
-        failure = ApiError(500, "internal", "the server failed on this request")
-        _tell(parts, request, failure)
-        return failure.response()
+class _Guarded:
+    """A handler as an application: any error goes into the one body; what nobody foresaw is logged and not told."""
 
+    def __init__(self, routes: Routes, handler: Handler, verb: str | None) -> None:
+        self._routes, self._handler, self._verb = routes, handler, verb
 
-def _tell(parts: Parts, request: Request, error: ApiError) -> None:
-    """Count and log a refusal: what is wrong and where, but no value of the request unless that is asked for."""
-    route = request.url.path if request.url.path in _ROUTES else "other"
-    parts.watch.refused(route, error.status, error.code)
-    values = f": {error.message}" if parts.settings.log_requests else ""
-    place = f" at {error.location}" if error.location and parts.settings.log_requests else ""
-    _log.info("request %s: %s %d %s%s%s", request_id_of(request.scope), route, error.status, error.code, place, values)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._answer(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        parts, verb = self._routes.parts, self._verb
+        assert parts is not None
+        try:
+            if verb and request.method != verb and not (verb == "GET" and request.method == "HEAD"):
+                raise ApiError(405, "method_not_allowed", f"{request.url.path} takes {verb}", allow=verb)
+            return await self._handler(parts, request)
+        except ApiError as error:
+            self._routes.refused(request.scope, error)
+            return error.response()
+        except (ClientDisconnect, Gone):
+            return Response(status_code=499)  # nobody reads it; the number is the one that proxies log
+        except Exception:
+            told = (request_id_of(request.scope), request.url.path)
+            log_failure(_log, "request %s: %s failed", *told, values=parts.settings.log_requests)
+            failure = ApiError(500, "internal", "the server failed on this request")
+            self._routes.refused(request.scope, failure)
+            return failure.response()
 
 
 async def _scored(work: Work, parts: Parts, request: Request) -> Response:
     """Admit, read, compute, answer; and tell those who watch once the answer is on its way."""
-    trace = Trace(request.url.path, request_id_of(request.scope))
+    trace = Trace(request.scope["path"], request_id_of(request.scope))
     if not parts.fleet.ready:
         raise ApiError(503, "not_ready", "no model is ready", retry_after=1)
     form = form_of(request)
@@ -121,7 +138,7 @@ async def _afterwards(parts: Parts, trace: Trace, answer: Answer) -> None:
         if answer.asked is not None:
             parts.fleet.after(answer.asked, trace)
     except Exception:
-        _log.exception("request %s: answered, and then lost to metrics or log", trace.request_id)
+        log_failure(_log, "request %s: answered, and then lost to metrics or log", trace.request_id)
 
 
 async def _model(parts: Parts, request: Request) -> Response:

@@ -3,15 +3,18 @@
 CACHE/<registry>/@<model>.json              the version that a MODEL, such as an alias, last stood for and that was good
 CACHE/<registry>/NAME/VERSION-<identity>/   a version's bundle, whole and with its digests checked
 
-<registry> is a hash of MLflow's address: stores number their versions alike. Everything appears by a rename.
+<registry> is a hash of MLflow's address: stores number their versions alike. Everything appears by a rename. What was
+not used lately is removed, unless a process uses it.
 """
 
 import fcntl
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -20,14 +23,18 @@ from urllib.parse import quote
 import orjson
 
 from features.errors import InputError
-from features.files import file_written_whole, folder_written_whole
+from features.files import file_written_whole, folder_written_whole, remove_folder
+from serving.life.cores import lower_priority
+from serving.life.downloads import Download, download_whole
+from serving.life.using import newest_first, remove_old, use_folder
 from serving.manifest import verified_manifest
 from serving.models import Registered
 
-KEEP = 5  # newest versions of a model, beside those that a MODEL stands for
+KEEP = 5  # newest versions of a model, beside those in use and those that its last MODELs, as many, stand for
+REGISTRIES = 5  # that were used last, beside those in use
+_REGISTRY = re.compile(r"[0-9a-f]{12}")
 _LOCAL = "sqlite:///"
-
-Download = Callable[[Registered, Path], Path]
+_log = logging.getLogger("bentoml.masknet")
 
 
 def default_folder() -> Path:
@@ -39,6 +46,8 @@ def default_folder() -> Path:
 class ModelCache:
     """The copies from one registry. Several processes may use it at the same time.
 
+    While there is one, nobody removes the registry's folder.
+
     Args:
         folder: of all registries; made where it is missing.
         registry: MLflow's address; a password in it is of no consequence.
@@ -48,7 +57,8 @@ class ModelCache:
     def __init__(self, folder: Path, registry: str, download: Download) -> None:
         self.folder, self._download = folder / _name_of(registry), download
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            use_folder(self.folder, self)
+            os.utime(self.folder)
         except OSError as error:
             raise InputError(f"cache {folder} cannot be made: {error.strerror}; choose another: --set cache=") from None
 
@@ -61,16 +71,31 @@ class ModelCache:
 
         Raises:
             InputError: what was downloaded is no bundle, or a byte of it is not as its digest says; nothing is kept.
-            RegistryAway: MLflow does not answer.
+            NotNow: MLflow does not answer, or what was downloaded has other bytes each time.
+            OSError: the disk is full, or will not be written to.
         """
         target = self.path(found)
         with self._alone(found.name):
             if target.is_dir():
-                os.utime(target)
+                with suppress(OSError):  # of a cache that may only be read
+                    os.utime(target)
             else:
-                self._fill(found, target)
+                # Copying and hashing gigabytes gives way to requests.
+                with ThreadPoolExecutor(1, initializer=lower_priority) as aside:
+                    aside.submit(self._fill, found, target).result()
                 self._prune(found)
+                self._prune_registries()
         return target
+
+    @contextmanager
+    def reading(self, found: Registered) -> Iterator[Path]:
+        """A version's bundle, as by `get`, that nobody replaces or removes for the length of the block."""
+        while True:
+            path = self.get(found)
+            with self._alone(found.name, fcntl.LOCK_SH):
+                if path.is_dir():  # and was not removed between the two locks
+                    yield path
+                    return
 
     def is_damaged(self, found: Registered) -> bool:
         """Whether there is a copy that is not as its digests say."""
@@ -83,52 +108,64 @@ class ModelCache:
             return True
         return False
 
-    def discard(self, found: Registered) -> None:
-        """Remove a copy, so that `get` downloads it."""
+    def discard_damaged(self, found: Registered) -> None:
+        """Remove a copy that is damaged, so that `get` downloads it, once nobody reads it; one made anew stays."""
         with self._alone(found.name):
-            shutil.rmtree(self.path(found), ignore_errors=True)
+            if self.is_damaged(found):
+                remove_folder(self.path(found))
 
     def remember(self, model: str, found: Registered) -> None:
-        """The version that MODEL stands for, which was found to be good."""
-        with self._alone(found.name), file_written_whole(self._memory(model)) as file:
-            file.write_bytes(orjson.dumps(asdict(found)))
+        """The version that MODEL stands for, which was found to be good; where it cannot be written, that is told."""
+        try:
+            with self._alone(found.name), file_written_whole(self._memory(model)) as file:
+                file.write_bytes(orjson.dumps(asdict(found)))
+        except OSError as error:
+            _log.warning("%s: a start without MLflow will not know of %s: %s", model, found.uri, error.strerror)
 
     def remembered(self, model: str) -> Registered | None:
         """The version that MODEL last stood for, if its copy is here."""
-        found = _read(self._memory(model))
-        return found if found is not None and self.path(found).is_dir() else None
+        memory = self._memory(model)
+        found = _read(memory)
+        if found is None or not self.path(found).is_dir():
+            return None
+        with suppress(OSError):
+            os.utime(memory)
+        return found
 
     def _fill(self, found: Registered, target: Path) -> None:
         with folder_written_whole(target) as folder:
-            files = folder / ".download"
-            bundle = self._download(found, files)
-            if not bundle.is_dir():
-                raise InputError(f"{found.uri} holds no bundle")
-            try:
-                verified_manifest(bundle)
-            except InputError as error:
-                raise InputError(str(error).replace(str(bundle), found.uri)) from None
-            for path in bundle.iterdir():
+            for path in download_whole(found, folder / ".download", self._download).iterdir():
                 path.rename(folder / path.name)
-            shutil.rmtree(files)
+            shutil.rmtree(folder / ".download")
 
     def _prune(self, new: Registered) -> None:
-        """Leave the newest versions, and those that some MODEL stands for; the lock is held."""
-        wanted = {self.path(found) for file in self.folder.glob("@*.json") if (found := _read(file)) is not None}
+        """Leave the newest versions, those that MODELs stand for now, and those in use; the lock is held."""
+        files = newest_first(self.folder.glob("@*.json"))
+        memories = [(file, found) for file in files if (found := _read(file)) is not None and found.name == new.name]
+        wanted = {self.path(found) for _, found in memories[:KEEP]} | {self.path(new)}
         others = [path for path in self._models(new.name).iterdir() if path.is_dir() and path not in wanted]
         partial = [path for path in others if path.name.startswith(".")]  # of processes that were killed
-        whole = sorted((path for path in others if path not in partial), key=lambda path: -path.stat().st_mtime)
-        for path in (*partial, *whole[KEEP:]):
-            if path != self.path(new):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in partial:
+            shutil.rmtree(path, ignore_errors=True)
+        remove_old([path for path in others if path not in partial], KEEP - 1)
+        for file, found in memories[KEEP:]:
+            if not self.path(found).is_dir():
+                file.unlink(missing_ok=True)
+
+    def _prune_registries(self) -> None:
+        """Leave this one, those that were used last, and those in use."""
+        for left in self.folder.parent.glob(".*.removed-*"):  # by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        others = [path for path in self.folder.parent.iterdir() if _REGISTRY.fullmatch(path.name)]
+        remove_old([path for path in others if path != self.folder], REGISTRIES - 1)
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """One process and thread at a time for a model; a lock that a dead process drops."""
+    def _alone(self, name: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+        """One process and thread at a time for a model, or several that read; a lock that a dead process drops."""
         folder = self._models(name)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, kind)
             yield
 
     def _models(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from features.errors import InputError
 from serving.api.requests import RankRequest
 from serving.life.asks import require_alike
-from serving.life.following import Followed, Told
+from serving.life.following import Before, Followed, Told
 from serving.life.opening import Opener
 from serving.life.shadow import Counts, Log, Shadow
 from serving.life.shares import require_key, takes_part
@@ -32,12 +32,18 @@ class Fleet:
         worker_index: of this process among the service's, from 1.
         watch: told of models, changes and what the shadow scores, or None.
         log: where the shadow's scores go, or None.
+        before: told of every champion before it answers; with InputError it is refused.
     """
 
     def __init__(
-        self, settings: ServeSettings, worker_index: int, watch: Watch | None = None, log: Log | None = None
+        self,
+        settings: ServeSettings,
+        worker_index: int,
+        watch: Watch | None = None,
+        log: Log | None = None,
+        before: Before = lambda engine: None,
     ) -> None:
-        self._settings, self._watch, self._log = settings, watch, log
+        self._settings, self._watch, self._log, self._before = settings, watch, log, before
         self._stopped = threading.Event()
         self._name = f"masknet follow {worker_index}"
         self._thread: threading.Thread | None = None
@@ -46,13 +52,6 @@ class Fleet:
         self._shadowed: Followed | None = None
         self._shadow: Shadow | None = None
         self._ready = False
-
-    @classmethod
-    def of(
-        cls, settings: ServeSettings, worker_index: int, watch: Watch | None = None, log: Log | None = None
-    ) -> "Fleet":
-        """The fleet that the settings describe, with nothing loaded."""
-        return cls(settings, worker_index, watch, log)
 
     @property
     def ready(self) -> bool:
@@ -73,7 +72,7 @@ class Fleet:
         """
         settings, opener = self._settings, Opener(self._settings)
         any_schema = settings.follow.compatible_schemas
-        self._champion = Followed("champion", settings.model, opener, any_schema, self._watch)
+        self._champion = Followed("champion", settings.model, opener, any_schema, self._watch, self._before)
         if settings.challenger:
             self._challenger = self._beside("challenger", settings.challenger.model, opener)
         if settings.shadow:
@@ -107,12 +106,12 @@ class Fleet:
             self._shadow.offer(request, trace)
 
     def about(self) -> dict[str, Any]:
-        """For GET /model: source, refused version, and the same of challenger and shadow where there are any."""
+        """For GET /model: source, refused or postponed version, and the same of challenger and shadow, if any."""
         found: dict[str, Any] = {}
         for followed in self._followed():
             about = followed.about()
             if followed.role == "champion":
-                found |= {"source": about["source"], "refused": about["refused"]}
+                found |= {name: about[name] for name in ("source", "refused", "postponed")}
             else:
                 found[followed.role] = about
         return found

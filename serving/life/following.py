@@ -1,16 +1,21 @@
 """A model that is served, kept at what the registry says it is."""
 
 import logging
+import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from features.errors import InputError, one_line
 from serving.life.asks import Asks, asks_of, difference
 from serving.life.opening import Opened, Opener, Source
-from serving.models import Registered, RegistryAway, find_registered, is_alias
+from serving.life.postponed import Postponed
+from serving.models import NotNow, Registered, RegistryAway, find_registered, is_alias
 from serving.ranking.engine import RankingEngine
 from serving.trace import Role
 
 _log = logging.getLogger("bentoml.masknet")
+
+Before = Callable[[RankingEngine], None]
 
 
 class Told(Protocol):
@@ -20,7 +25,7 @@ class Told(Protocol):
         """A role has this model from now on."""
 
     def swap(self, outcome: str) -> None:
-        """One more change of model: done, refused, or unreachable, when MLflow could not be asked for one."""
+        """One more change of model: done, refused, postponed, or unreachable, when MLflow cannot be asked for one."""
 
 
 class Followed:
@@ -32,14 +37,29 @@ class Followed:
         opener: opens its versions.
         any_schema: take a version that asks clients for other fields than the present one.
         told: what counts the changes, or None.
+        before: told of every engine before it answers; with InputError it is refused.
+        clock: in seconds.
     """
 
-    def __init__(self, role: Role, model: str, opener: Opener, any_schema: bool, told: Told | None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        model: str,
+        opener: Opener,
+        any_schema: bool,
+        told: Told | None,
+        before: Before = lambda engine: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.role, self.model = role, model
         self._opener, self._any_schema, self._told = opener, any_schema, told
+        self._before, self._clock = before, clock
         self._refused: tuple[Registered | None, str] | None = None
+        self._postponed: Postponed | None = None
         self._away = ""
-        self._take(opener.open_by_cache(model, _log.warning))
+        opened = opener.open_by_cache(model, _log.warning)
+        before(opened.engine)
+        self._take(opened)
 
     engine: RankingEngine
     asks: Asks
@@ -51,17 +71,22 @@ class Followed:
         return self._found is None or (self.source == "registry" and not is_alias(self.model))
 
     def about(self) -> dict[str, Any]:
-        """For people: which version, from where, and which one was refused and why."""
-        refused = self._refused
-        told = refused and {"version": refused[0] and refused[0].version, "reason": refused[1]}
-        engine = self.engine
-        return {"name": engine.name, "version": engine.version, "source": self.source, "refused": told}
+        """For people: which version, from where, and which one was refused, or is tried again, and why."""
+        engine, refused, late = self.engine, self._refused, self._postponed
+        return {
+            "name": engine.name,
+            "version": engine.version,
+            "source": self.source,
+            "refused": refused and {"version": refused[0] and refused[0].version, "reason": refused[1]},
+            "postponed": late and late.about(),
+        }
 
     def look(self, champion: Asks | None = None) -> bool:
         """Ask the registry, and change to another version if it says so and the version is good; whether it was done.
 
         A version that was refused is looked at again when MODEL has stood for another meanwhile, or when its tag has
-        changed. MLflow being away changes nothing, but that the source is the cache.
+        changed; one that could not be had, as on a full disk, after a pause that grows. MLflow being away changes
+        nothing, but that the source is the cache.
 
         Args:
             champion: what clients send, which a new version must suit; by default what the present one asks for.
@@ -72,9 +97,9 @@ class Followed:
             found = find_registered(self.model)
             self._reached()
             if self._found is not None and found.identity == self._found.identity:
-                self._refused = None
+                self._refused = self._postponed = None
                 return False
-            if self._refused is not None and self._refused[0] == found:
+            if self._is_known(found):
                 return False
             return self._change_to(found, champion or self.asks)
         except RegistryAway as error:
@@ -88,20 +113,33 @@ class Followed:
         """Look again at what was refused, since what it did not suit has changed."""
         self._refused = None
 
+    def _is_known(self, found: Registered) -> bool:
+        """Whether it was refused, or it is too early to try it again."""
+        if self._refused is not None and self._refused[0] == found:
+            return True
+        late = self._postponed
+        return late is not None and late.found == found and self._clock() < late.since + late.pause
+
     def _change_to(self, found: Registered, suits: Asks) -> bool:
+        details = ""
         try:
             engine = self._opener.open(found)
             changed = None if self._any_schema or found.compatible else difference(suits, asks_of(engine.schema))
             reason = changed and f"its clients would have to change: {changed}"
+            if reason is None and (details := self._unsuited(engine)):
+                reason = "the service's settings do not suit it"
         except RegistryAway:
             raise
+        except NotNow as error:
+            self._postpone(found, error)
+            return False
         except InputError as error:
             reason = one_line(error)
         except Exception as error:  # whatever is wrong with a new version, the old one goes on
             _log.exception("%s cannot be loaded", found.uri)
             reason = f"it cannot be loaded: {type(error).__name__}"
         if reason is not None:
-            self._refuse(found, reason)
+            self._refuse(found, reason, details)
             return False
         before = self.engine.version
         self._take(Opened(engine, found, "registry"))
@@ -111,11 +149,19 @@ class Followed:
             self._told.swap("done")
         return True
 
+    def _unsuited(self, engine: RankingEngine) -> str:
+        """What `before` has against it."""
+        try:
+            self._before(engine)
+        except InputError as error:
+            return one_line(error)
+        return ""
+
     def _take(self, opened: Opened) -> None:
         self._found, self.source = opened.found, opened.source
         self.asks = asks_of(opened.engine.schema)
         self.engine = opened.engine
-        self._refused = None
+        self._refused = self._postponed = None
         if self._told:
             self._told.model(self.engine.name, self.engine.version, self.role)
 
@@ -123,11 +169,19 @@ class Followed:
         """`reason` is for everybody, and `details` instead of it for the log."""
         if self._refused == (found, reason):
             return
-        self._refused = (found, reason)
+        self._refused, self._postponed = (found, reason), None
         what = found.uri if found else self.model
         _log.error("%s is refused, version %s goes on: %s", what, self.engine.version, details or reason)
         if self._told:
             self._told.swap("refused")
+
+    def _postpone(self, found: Registered, error: NotNow) -> None:
+        self._postponed = late = Postponed.after(self._postponed, found, str(error), self._clock())
+        self._refused = None
+        what, now = f"{found.uri} is tried again in {late.pause:.0f} s", self.engine.version
+        _log.error("%s, version %s goes on: %s", what, now, error.details)
+        if self._told:
+            self._told.swap("postponed")
 
     def _reached(self) -> None:
         if self._away:

@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from features.errors import InputError
+from features.errors import InputError, one_line
 from serving.life.cache import ModelCache, default_folder
-from serving.life.cores import lower_priority, usable_cores
+from serving.life.cores import usable_cores
+from serving.life.using import use_folder
 from serving.models import (
+    NotNow,
     NotRegistered,
     Registered,
     RegistryAway,
@@ -62,7 +63,7 @@ class Opener:
         return ModelCache(self._settings.cache or default_folder(), registry_uri(), download)
 
     def open_by_registry(self, model: str, tell: Tell) -> Opened:
-        """What MODEL means now; if MLflow is away, or that version is bad, what it last meant and was good.
+        """What MODEL means now; if MLflow is away, or that version is bad or not to be had, what it last meant.
 
         Raises:
             InputError: there is no such model, or it is damaged and there is no good copy of an earlier version.
@@ -74,6 +75,8 @@ class Opener:
             engine = self.open(found)
         except RegistryAway as error:
             return self._fall_back(model, f"MLflow at {registry_uri()} does not answer ({error})", None, tell)
+        except NotNow as error:
+            return self._fall_back(model, error.details, None, tell)
         except BadVersion as bad:
             return self._fall_back(model, str(bad), bad.found, tell)
         self.cache.remember(model, found)
@@ -85,40 +88,46 @@ class Opener:
         if known is not None:
             try:
                 return Opened(self.open(known), known, "cache")
-            except (RegistryAway, InputError) as error:
+            except (NotNow, InputError) as error:
                 tell(str(error))
         return self.open_by_registry(model, tell)
 
     def open(self, found: Registered) -> RankingEngine:
         """The engine of a registered version, from its copy, which is made if need be.
 
-        A copy that is damaged is made anew once.
+        A copy that is damaged is made anew once. While the engine lives, nobody removes the copy as old.
 
         Raises:
             BadVersion: its digests, golden rows or shape are wrong, or the settings cannot be had with it.
             RegistryAway: it is not here, and MLflow does not answer.
+            NotNow: a disk, or the way here, is at fault.
         """
         try:
-            try:
-                return self._open_copy(found)
-            except InputError:
-                if not self.cache.is_damaged(found):
-                    raise
-                self.cache.discard(found)
-                return self._open_copy(found)
+            return self._open_copy(found)
         except NotRegistered as error:
             _log.warning("%s", error)
             raise BadVersion(f"the files of {found.uri} are not in the registry", found) from None
-        except InputError as error:
+        except (InputError, OSError) as error:
+            if (cause := _by_system(error)) is not None:
+                raise NotNow(f"{found.uri} cannot be copied or read: {cause.strerror}", one_line(error)) from None
+            if isinstance(error, OSError):
+                raise
             # GET /model tells of this, without paths
             raise BadVersion(str(error).replace(str(self.cache.path(found)), found.uri), found) from None
 
-    def _open_copy(self, found: Registered) -> RankingEngine:
-        # Copying and hashing gigabytes gives way to requests. Loading does not: threads that a backend starts then
-        # would keep the low priority for good.
-        with ThreadPoolExecutor(1, initializer=lower_priority) as aside:
-            path = aside.submit(self.cache.get, found).result()
-        return self._load(path, found.version)
+    def _open_copy(self, found: Registered, again: bool = False) -> RankingEngine:
+        with self.cache.reading(found) as path:
+            try:
+                engine = self._load(path, found.version)
+            except InputError as error:
+                # Of the very bytes that were read: nobody changes them within this block.
+                if again or _by_system(error) is not None or not self.cache.is_damaged(found):
+                    raise
+            else:
+                use_folder(path, engine)
+                return engine
+        self.cache.discard_damaged(found)
+        return self._open_copy(found, again=True)
 
     def _load(self, path: Path, version: str | None) -> RankingEngine:
         settings = self._settings
@@ -139,5 +148,16 @@ class Opener:
             engine = self.open(known)
         except RegistryAway:
             raise InputError(f"model {model!r}: {reason}, and the copy of {known.uri} is damaged") from None
+        except NotNow as error:
+            raise InputError(f"model {model!r}: {reason}, and {error.details}") from None
         tell(f"{reason}; {model} is served from the cache, as {known.uri}")
         return Opened(engine, known, "cache")
+
+
+def _by_system(error: BaseException | None) -> OSError | None:
+    """What the system said of a disk or a network, where that is behind an error. A file that a bundle lacks is not."""
+    if isinstance(error, InputError):
+        error = error.__context__
+        if isinstance(error, FileNotFoundError):
+            return None
+    return error if isinstance(error, OSError) and error.errno else None

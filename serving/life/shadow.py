@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Literal, Protocol
 
 from serving.api.requests import RankRequest
+from serving.failures import log_failure
 from serving.life.cores import lower_priority
 from serving.ranking.engine import RankingEngine
 from serving.trace import Trace
@@ -80,7 +81,7 @@ class Shadow:
             try:
                 self._score(*taken)
             except Exception:
-                _log.exception("the shadow failed on a request")
+                log_failure(_log, "the shadow failed on a request")
 
     def _score(self, request: RankRequest, answered: Trace) -> None:
         engine = self._engine()

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from features.arrays import flat_values
 from features.columns import as_strings, canonical, plain
 from features.drift import group_of_bins
+from features.errors import InputError
 from features.fields import DateField
 from features.hashing import hash_text, mix
 from features.pipeline import FittedField
@@ -97,7 +98,7 @@ class RowCounts:
         if self._score in table.column_names:
             own = table.filter(pc.fill_null(pc.equal(text, self._version), False))
             if own.num_rows:
-                self._count_scores(self.served_RG, own[self._score].to_numpy(), self._parts(own))
+                self._count_scores(self.served_RG, _scores(own[self._score], self._score), self._parts(own))
 
     def _count_scores(self, found_RG: CountRG, score_N: npt.NDArray[np.floating], part_N: IndexN) -> None:
         starts = np.array(self._reference.score.starts)
@@ -115,6 +116,17 @@ class RowCounts:
             )
             low, high = _wider(self.times, seconds)
             self.times = (low, high) if low <= high else None  # none is there
+
+
+def _scores(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.floating]:
+    """The scores [N] of a log; InputError where the column, as one of raw rows may, holds something else."""
+    kind = column.type
+    if not pa.types.is_floating(kind) and not pa.types.is_integer(kind):
+        raise InputError(f"column {name!r} stands beside this version's rows and holds {kind}, not scores")
+    score_N: npt.NDArray[np.floating] = column.cast(pa.float64()).to_numpy()  # null is NaN
+    if not np.all((score_N >= 0) & (score_N <= 1)):
+        raise InputError(f"column {name!r} stands beside this version's rows and holds what is no score from 0 to 1")
+    return score_N
 
 
 def _wider(known: Range | None, seconds: pa.Array) -> Range:

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from features.errors import InputError
 from features.schema import Schema
-from serving.monitoring.log_rows import LogRows
+from serving.failures import log_failure
+from serving.monitoring.log_rows import Followed
 from serving.settings import PredictionLog
 from serving.trace import Trace
 
@@ -42,29 +43,35 @@ def is_sampled(request_id: str, share: float) -> bool:
 class PredictionLogWriter:
     """Writes sampled requests in a thread of its own; where that cannot keep up, they are dropped and counted."""
 
-    def __init__(self, settings: PredictionLog, worker: int, schema: Schema, on_drop: OnDrop) -> None:
+    def __init__(self, settings: PredictionLog, worker: int, on_drop: OnDrop) -> None:
         self._share, self._on_drop = settings.share, on_drop
-        self._rows, self._files = LogRows(schema), _Files(settings, worker)
+        self._rows, self._files = Followed(), _Files(settings, worker)
         self._waiting: queue.Queue[tuple[Trace, datetime] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name="masknet prediction log", daemon=True)
         self._thread.start()
 
     @classmethod
     def of(
-        cls, settings: PredictionLog | None, worker: int, schema: Schema, on_drop: OnDrop = lambda count: None
+        cls, settings: PredictionLog | None, worker: int, on_drop: OnDrop = lambda count: None
     ) -> "PredictionLogWriter | None":
-        """The log that the settings ask for, or None.
+        """The log that the settings ask for, or None. Nothing is offered to it before it follows a model.
 
         Args:
             settings: where, how much and how long.
             worker: this process's number among those that write there.
-            schema: of the model that answers.
             on_drop: told how many requests were left out.
 
         Raises:
             InputError: the folder cannot be written to.
         """
-        return None if settings is None else cls(settings, worker, schema, on_drop)
+        return None if settings is None else cls(settings, worker, on_drop)
+
+    def follow(self, name: str, version: str, schema: Schema) -> None:
+        """Log what this version answers, from now on the champion, in columns of its schema.
+
+        What the one before has answered keeps its own; a file has rows of one kind.
+        """
+        self._rows.add(name, version, schema)
 
     def offer(self, trace: Trace) -> None:
         """Log a scored request if it is in the sample."""
@@ -93,7 +100,7 @@ class PredictionLogWriter:
             try:
                 rows = self._rows.of(*item)
             except Exception:
-                _log.exception("a request is not in the prediction log")
+                log_failure(_log, "a request is not in the prediction log")
                 self._on_drop(1)
                 continue
             self._safely(lambda rows=rows: self._files.add(rows))  # type: ignore[misc]
@@ -103,7 +110,7 @@ class PredictionLogWriter:
         try:
             work()
         except Exception:
-            _log.exception("rows of the prediction log were lost")
+            log_failure(_log, "rows of the prediction log were lost")
             self._on_drop(self._files.forget())
 
 

@@ -81,6 +81,25 @@ class LogRows:
         return guessed
 
 
+class Followed:
+    """The rows of the champion, and of those that it has replaced and whose answers are on their way to the log."""
+
+    _KEPT = 3
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str, str], LogRows] = {}
+
+    def add(self, name: str, version: str, schema: Schema) -> None:
+        """A model that is the champion from now on."""
+        others = [item for item in self._of.items() if item[0] != (name, version)]
+        self._of = {**dict(others[1 - self._KEPT :]), (name, version): LogRows(schema)}
+
+    def of(self, trace: Trace, at: datetime) -> pa.Table:
+        """See `LogRows.of`. Challengers and shadows take what the champion does, and share its files."""
+        rows = self._of.get((trace.name, trace.version)) if trace.role == "champion" else None
+        return (rows or list(self._of.values())[-1]).of(trace, at)
+
+
 def _by_name(columns: Mapping[str, Any] | pa.Table) -> dict[str, Any]:
     if isinstance(columns, pa.Table):
         return {name: columns[name] for name in columns.column_names}

@@ -70,7 +70,7 @@ class Watch:
             gauge.labels(*now, role).set(1)
 
     def swap(self, outcome: str) -> None:
-        """Count a change of model, done or refused."""
+        """Count a change of model: done, refused, postponed or unreachable."""
         self._families.swaps.labels(outcome).inc()
 
     def fetch(self, missed: int, timed_out: bool = False) -> None:

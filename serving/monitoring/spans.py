@@ -1,17 +1,40 @@
-"""A request's stages as OpenTelemetry spans below its own span, which BentoML makes.
+"""A request's stages as OpenTelemetry spans below its own span, which BentoML makes and sends to a collector."""
 
-BentoML's settings decide whether there are any and where they go (`tracing` in its configuration; by default there are
-none).
-"""
-
+import threading
 import time
 from functools import cache
+from typing import Any
 
 from opentelemetry import trace as telemetry
 
+from features.errors import InputError
+from serving.settings import Tracing
 from serving.trace import Trace
 
 _NANO = 1e9
+_LAST_SECONDS = 2.0  # for what is not sent yet when the service ends
+_PROBES = "/(livez|readyz|healthz|metrics)$"
+
+
+def tracing_of(section: Tracing | None) -> dict[str, Any]:
+    """BentoML's configuration of what the service's settings say.
+
+    Without a collector no URL is traced: BentoML would make a span of every request all the same, which takes half a
+    millisecond.
+
+    Raises:
+        InputError: there is a collector, but nothing that sends to it.
+    """
+    if section is None:
+        return {"excluded_urls": ["."]}
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "tracing.endpoint needs the package opentelemetry-exporter-otlp-proto-http: pip install 'masknet[otlp]'"
+        ) from None
+    otlp = {"protocol": "http", "endpoint": section.endpoint}
+    return {"exporter_type": "otlp", "sample_rate": section.share, "excluded_urls": [_PROBES], "otlp": otlp}
 
 
 def add_spans(trace: Trace) -> None:
@@ -38,8 +61,19 @@ def add_spans(trace: Trace) -> None:
     whole.end(start)
 
 
+def send_the_rest() -> None:
+    """Before the process ends, which waits no longer than this for a collector that does not answer."""
+    last = threading.Thread(target=_provider().shutdown, daemon=True)
+    last.start()
+    last.join(_LAST_SECONDS)
+
+
 @cache
 def _tracer() -> telemetry.Tracer:
-    from bentoml._internal.configuration.containers import BentoMLContainer  # the provider is nowhere else
+    return telemetry.get_tracer("masknet", tracer_provider=_provider())
 
-    return telemetry.get_tracer("masknet", tracer_provider=BentoMLContainer.tracer_provider.get())
+
+def _provider() -> Any:
+    from bentoml._internal.configuration.containers import BentoMLContainer  # it is nowhere else
+
+    return BentoMLContainer.tracer_provider.get()

@@ -23,14 +23,14 @@ from features.columns import Rows
 from features.schema import Schema
 from masknet.folding import ServingNetwork
 from serving.backends.base import Backend, Kind
-from serving.backends.choose import make_backend
+from serving.backends.choose import chosen, make_backend
 from serving.bundle import Bundle, load_bundle
 from serving.calibration import ScoreN
 from serving.ranking.asked import Asked, Encoding, parts_of
 from serving.ranking.counts import note_counts
 from serving.ranking.member import Member
 from serving.ranking.tables import Precision
-from serving.ranking.transfer import OneCopy
+from serving.ranking.transfer import OneTrip
 from serving.ranking.warming import warm_up
 from serving.trace import Trace
 
@@ -73,12 +73,17 @@ class RankingEngine:
         self.bundle, self.version, self.threads, self.device = bundle, version, threads, device
         self._lock = threading.Lock()  # a backend takes one call at a time; encoding goes on meanwhile
         self._shift = math.log(bundle.scorer.sampling_rate)
+        self._verdict = chosen("cpu" if device == "cpu" else "cuda", bundle.backends)[1] if backend == "fast" else None
         self._use_threads()
         self.encoding = Encoding(bundle.schema, bundle.pipeline, bundle.scorer.id_maps)
         self.members = [
             Member(bundle.pipeline, model, self.encoding.context, tables, partial(self._backend, backend, place))
             for place, model in enumerate(bundle.scorer.models)
         ]
+        self._trips: tuple[OneTrip, OneTrip] | None = None  # of whole rows, and with the context apart
+        if device != "cpu":
+            whole, split = [member.whole for member in self.members], [member.split for member in self.members]
+            self._trips = OneTrip(whole, device), OneTrip(split, device)
 
     @classmethod
     def load(
@@ -117,10 +122,12 @@ class RankingEngine:
         return self.bundle.schema
 
     def about(self) -> dict[str, Any]:
-        """How it scores, for GET /model."""
+        """How it scores, for GET /model: with `bound`, and what the check of a fast backend has found."""
         tables = [member.tables for member in self.members]
         return {
             "backend": self.members[0].split.name,
+            "largest_difference": self.bound,
+            "check": self._verdict and self._verdict.model_dump(),
             "device": self.device,
             "threads": self.threads or torch.get_num_threads(),
             "context": list(self.encoding.context),
@@ -144,6 +151,7 @@ class RankingEngine:
 
         Raises:
             InputError: a field's column is missing, or a value cannot be what the field says; names field and row.
+                Unscorable where a number is too large; names the row.
         """
         asked = [self.encoding.rows(part) for part in parts_of(rows)]
         given = [part for part in asked if part is not None]
@@ -172,7 +180,8 @@ class RankingEngine:
             trace: gets the stages' times, the scores of all candidates, and what the fields were like.
 
         Raises:
-            InputError: a field is given twice or not at all, or a value cannot be what its field says.
+            InputError: a field is given twice or not at all, or a value cannot be what its field says; Unscorable
+                where a number is too large.
         """
         time = time or datetime.now(UTC)
         asked = self.encoding.request(context, candidates, time)
@@ -181,7 +190,7 @@ class RankingEngine:
             trace.lap("encode")
         order_by_N = self._scores(asked, trace)
         best = np.argsort(-order_by_N, kind="stable")[:top_k]
-        score_K = self._served(order_by_N, trace)[best] if trace else self._served(order_by_N[best])
+        score_K = self._served(order_by_N, trace)[best]  # of all, since a candidate without a score is nobody's last
         return [Ranked(index, score) for index, score in zip(best.tolist(), score_K.tolist(), strict=True)]
 
     def uncalibrated(self, encoded: pa.Table) -> ScoreN:
@@ -189,8 +198,7 @@ class RankingEngine:
         return self._scores(self.encoding.encoded(encoded))
 
     def _backend(self, kind: Kind, member: int, network: ServingNetwork) -> Backend:
-        made = make_backend(network, kind, self.device, self.threads, self.bundle.backends, member=member)
-        return made if self.device == "cpu" else OneCopy(made, self.device)
+        return make_backend(network, kind, self.device, self.threads, self.bundle.backends, member=member)
 
     def _served(self, score_N: ScoreN, trace: Trace | None = None) -> ScoreN:
         served_N = self.bundle.scorer.calibration.apply(score_N)
@@ -202,23 +210,44 @@ class RankingEngine:
         """Uncalibrated scores [N]: the mean over members of σ(logit − log(1 / rate))."""
         if trace:
             note_counts(trace, asked, self.encoding.fixed)
-        score_MN = torch.empty(len(self.members), asked.rows)
         with self._lock, torch.inference_mode():
             self._use_threads()
-            for member, score_N in zip(self.members, score_MN, strict=True):
-                context_1C = member.context(asked.encoded) if asked.split else None
-                for start in range(0, asked.rows, CHUNK):
-                    rows = min(CHUNK, asked.rows - start)
-                    part = asked.encoded if asked.rows <= CHUNK else asked.encoded.some(start, start + rows)
-                    emb_BR = member.rows(part, rows) if context_1C is None else member.candidates(part, rows)
-                    if trace:
-                        trace.lap("lookup")
-                    logit_B = member.logits(context_1C, emb_BR)
-                    torch.sigmoid(logit_B + self._shift, out=score_N[start : start + rows])
-                    if trace:
-                        trace.lap("model")
+            score_MN = self._here(asked, trace) if self._trips is None else self._there(self._trips, asked, trace)
             found_N: ScoreN = score_MN.mean(0).numpy()
         return found_N
+
+    def _here(self, asked: Asked, trace: Trace | None) -> torch.Tensor:
+        """Scores [M, N] of each member, a part of the rows at a time."""
+        score_MN = torch.empty(len(self.members), asked.rows)
+        for member, score_N in zip(self.members, score_MN, strict=True):
+            context_1C = member.context(asked.encoded) if asked.split else None
+            for start in range(0, asked.rows, CHUNK):
+                rows = min(CHUNK, asked.rows - start)
+                part = asked.encoded if asked.rows <= CHUNK else asked.encoded.some(start, start + rows)
+                emb_BR = member.rows(part, rows) if context_1C is None else member.candidates(part, rows)
+                if trace:
+                    trace.lap("lookup")
+                logit_B = member.logits(context_1C, emb_BR)
+                torch.sigmoid(logit_B + self._shift, out=score_N[start : start + rows])
+                if trace:
+                    trace.lap("model")
+        return score_MN
+
+    def _there(self, trips: tuple[OneTrip, OneTrip], asked: Asked, trace: Trace | None) -> torch.Tensor:
+        """Scores [M, N] from a device: one copy of all members' embeddings to it, and one of all logits back."""
+        nothing, rows = torch.empty(1, 0), asked.rows
+        parts_M = [
+            (member.context(asked.encoded), member.candidates(asked.encoded, rows))
+            if asked.split
+            else (nothing, member.rows(asked.encoded, rows))
+            for member in self.members
+        ]
+        if trace:
+            trace.lap("lookup")
+        score_MN = torch.sigmoid(trips[asked.split].logits(parts_M) + self._shift)
+        if trace:
+            trace.lap("model")
+        return score_MN
 
     def _use_threads(self) -> None:
         """In the thread that computes: OpenMP counts threads for each calling thread."""

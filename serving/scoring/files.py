@@ -18,7 +18,7 @@ import torch
 
 from features.engines import Engine, LocalEngine
 from features.errors import InputError
-from features.files import alone, require_absent
+from features.files import alone, remove_folder, require_absent
 from features.prepare import Progress, first_lines, require_few_bad, write_quarantine
 from features.stages import Job, Scanned
 from serving.bundle import Bundle
@@ -77,6 +77,7 @@ def score_files(
     if work.exists() and not resume:
         raise InputError(f"an unfinished scoring of {out} lies in {work}: go on with --resume, or remove it")
     with alone(work, "masknet score"):
+        _require_unfinished(out, work)
         _begin(plan, work)
         job = Job(bundle.schema, plan.sources, plan.units, work / "bad")
         task = Task(job, work / "parts", plan.digest, columns, plan.facts["model"])
@@ -85,7 +86,7 @@ def score_files(
             plan.require_unchanged()
         except InputError:
             if not any(task.parts.glob("*.parquet")):
-                shutil.rmtree(work)
+                remove_folder(work)
             raise
         return _finish(task, found, out)
 
@@ -97,8 +98,17 @@ def _finished(out: Path, work: Path, plan: Plan) -> Scored | None:
     told = rows_of_parts(out, plan.digest)
     if told is None:
         raise InputError(f"{out} is of another scoring: choose another --out")
-    shutil.rmtree(work, ignore_errors=True)
+    remove_folder(work)
     return Scored(*told)
+
+
+def _require_unfinished(out: Path, work: Path) -> None:
+    """InputError where another process has made the output while this one waited for its turn."""
+    try:
+        require_absent(out)
+    except InputError:
+        remove_folder(work)
+        raise
 
 
 def _begin(plan: Plan, work: Path) -> None:
@@ -184,5 +194,5 @@ def _finish(task: Task, found: list[Scanned], out: Path) -> Scored:
         write_quarantine(task.job, first_lines(task.job, found), task.parts / QUARANTINE)
     (task.parts / DONE).touch()
     task.parts.replace(out)
-    shutil.rmtree(task.parts.parent)
+    remove_folder(task.parts.parent)
     return Scored(sum(part.rows for part in found), bad)

@@ -151,8 +151,13 @@ def _score_chunk(task: Task, bundle: Bundle, raw: RawChunk) -> _Scored:
     if SCORE in kept.column_names:
         raise InputError(f"input {raw.path} already has a column {SCORE!r}: leave it out with --columns")
     columns, good_N, bad_rows = check_fields(raw, bundle.schema)
-    score_N = bundle.scorer.score_encoded(bundle.pipeline.encode_canonical(columns))
+    order_by_G = bundle.scorer.uncalibrated(bundle.pipeline.encode_canonical(columns))
+    scored_G = np.isfinite(order_by_G)
+    lines = raw.line_N[good_N][~scored_G].tolist()
+    bad_rows += [BadRow(raw.path, line, "", "", "its values are too large to be scored") for line in lines]
+    good_N[good_N] = scored_G
     kept = kept if good_N.all() else kept.filter(pa.array(good_N))
+    score_N = bundle.scorer.calibration.apply(order_by_G[scored_G])
     return _Scored(kept.append_column(SCORE, pa.array(score_N)), bad_rows, raw.end_line)
 
 

@@ -40,15 +40,24 @@ class Filler:
     ) -> None:
         self._store, self._key, self._watch = store, key, watch
         self._key_field = key_field(schema, key)
+        self._kinds = kinds_of(schema, key, fields)
         self._key_encoder = schema.encoder_of(self._key_field)
         self._checks = checks_of(schema, key, fields)
 
     @classmethod
-    def of(cls, settings: Store, schema: Schema, watch: Counts | None = None) -> "Filler":
-        """Open the store that the settings name; InputError where it, or a field, cannot be used."""
+    def of(
+        cls, settings: Store, schema: Schema, watch: Counts | None = None, before: "Filler | None" = None
+    ) -> "Filler":
+        """Open the store that the settings name; InputError where it, or a field, cannot be used.
+
+        What was opened `before` with these settings is used again, but for a file whose values have to be read as
+        those of other kinds of fields.
+        """
         key_field(schema, settings.key)
         checks_of(schema, settings.key, settings.fields)
-        return cls(_opened(settings, schema), schema, settings.key, settings.fields, watch)
+        same = before is not None and before._kinds == kinds_of(schema, settings.key, settings.fields)
+        store = before._store if before and (same or settings.kind == "redis") else _opened(settings, schema)
+        return cls(store, schema, settings.key, settings.fields, watch)
 
     def fill(self, context: MutableMapping[str, Any], columns: MutableMapping[str, Any]) -> None:
         """Add the fields that are in neither: beside the key, to the context or, one value a row, to the columns.
@@ -99,6 +108,38 @@ class Filler:
             return [None] * len(keys)
         texts: list[str | None] = found.values.to_pylist()
         return texts
+
+
+class ChampionFiller:
+    """Fills requests by the schema of the champion, whichever that is.
+
+    Args:
+        settings: which store, key and fields.
+        watch: is told of what was missed.
+    """
+
+    def __init__(self, settings: Store, watch: Counts | None = None) -> None:
+        self._settings, self._watch = settings, watch
+        self._filler: Filler | None = None
+
+    def follow(self, schema: Schema) -> None:
+        """From now on a champion has this schema; InputError where its fields are not the settings'."""
+        self._filler = Filler.of(self._settings, schema, self._watch, self._filler)
+
+    def fill(self, context: MutableMapping[str, Any], columns: MutableMapping[str, Any]) -> None:
+        """See `Filler.fill`."""
+        assert self._filler is not None, "it follows no champion yet"
+        self._filler.fill(context, columns)
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._filler is not None:
+            self._filler.close()
+
+
+def kinds_of(schema: Schema, key: str, fields: Sequence[str]) -> list[Any]:
+    """What decides how the values of the key and the fields are read."""
+    return [(field, schema.encoder_of(field)) for field in schema.served_fields if field.name in (key, *fields)]
 
 
 def checks_of(schema: Schema, key: str, fields: Sequence[str]) -> dict[str, Check]:

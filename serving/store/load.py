@@ -3,8 +3,9 @@
     python -m serving.store.load PARQUET… --url redis://localhost:6379/0 --key user_id [--fields age,gender]
                                           [--prefix masknet:user:] [--expire-seconds N]
 
-Each row becomes one string, prefix + key, with a JSON object of the fields' values; a key that is there is replaced. A
-row without a key is passed over. The number of rows goes to standard output.
+Each row becomes one string, prefix + key, with a JSON object of the fields' values; a key that is there is replaced, so
+that of two rows with one key the last counts. A row without a key is passed over. The number of rows goes to standard
+output.
 """
 
 import argparse

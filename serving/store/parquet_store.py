@@ -22,8 +22,9 @@ _log = logging.getLogger(__name__)
 class ParquetStore:
     """The columns of a file as Arrow has them, and an index of 32 bytes a row over the hashes of its keys.
 
-    Of two rows with one key the first counts; rows without a key are left out. A value that is none of its field's is
-    missing, and the key of a row is compared as text, so that its hash alone decides nothing.
+    Of two rows with one key the last counts, as in Redis, where it replaces the other; rows without a key are left out.
+    A value that is none of its field's is missing, and the key of a row is compared as text, so that its hash alone
+    decides nothing.
     """
 
     def __init__(self, path: Path, schema: Schema, key: str, fields: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ class ParquetStore:
         self._keys = found[key].values.filter(keyed)
         self._table = pa.table({name: found[name].values.filter(keyed) for name in fields})
         rows_N = np.arange(len(self._keys), dtype=np.int32)
-        self._index = HashIndex(hash_text(self._keys), rows_N, _ABSENT)
+        self._index = HashIndex(hash_text(self._keys)[::-1], rows_N[::-1], _ABSENT)  # of equal keys it takes the first
 
     def __len__(self) -> int:
         """How many rows have a key."""

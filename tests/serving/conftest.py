@@ -89,3 +89,15 @@ def service(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     with Service(tmp_path_factory.mktemp("service"), str(small_bundle), "--set", "limits.drain_seconds=0") as served:
         yield served
+
+
+@pytest.fixture(scope="session")
+def every_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
+    """A process that serves every kind of field; for tests that leave it as it is. The bundle is `every_kind`'s."""
+    from tests.serving.every_kind import write_every_kind
+    from tests.serving.running import Service
+
+    home = tmp_path_factory.mktemp("every-service")
+    options = ("--set", "limits.drain_seconds=0", "--set", "limits.deadline_ms=30000")  # a busy machine is no failure
+    with Service(home, str(write_every_kind(home / "bundle")), *options) as served:
+        yield served

@@ -1,5 +1,6 @@
-"""`masknet serve` as a process of its own on a free port."""
+"""`masknet serve` as a process of its own on a free port; what is sent to it, and what its errors are like."""
 
+import json
 import os
 import signal
 import socket
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow as pa
+
+from serving.api.arrow import METADATA
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 180.0  # seconds
+ARROW = "application/vnd.apache.arrow.stream"
 
 
 class Service:
@@ -75,3 +80,25 @@ class Service:
 
     def told(self) -> str:
         return self.log.read_text()
+
+
+def checked(answer: httpx.Response, status: int, code: str, location: str | None = None) -> None:
+    """The one body, and nothing of the server's inside."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message", "location"}
+    assert (error["code"], error["location"]) == (code, location)
+    assert answer.headers["x-request-id"]
+    assert not any(word in answer.text for word in ("Traceback", ".py", "/work", "/tmp", "site-packages"))
+
+
+def stream(columns: dict[str, Any], rest: Any, **options: Any) -> bytes:
+    """An Arrow IPC stream of the columns, with the rest of the body in its metadata."""
+    table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(rest).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

@@ -1,30 +1,39 @@
 """Tokens, request ids and the one body of errors, around an application that knows of none."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.types import Scope
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from features.errors import InputError
 from serving.api.auth import Tokens
+from serving.api.errors import ApiError
 from serving.api.gate import Gate, request_id_of
 
 ERROR = {"code", "message", "location"}
 
 
-def client(**environment: str) -> TestClient:
+def client(told: Callable[[Scope, ApiError], None] = lambda scope, error: None, **environment: str) -> TestClient:
     async def page(request: Request) -> Response:
         return PlainTextResponse(request_id_of(request.scope))
 
     async def unready(request: Request) -> Response:
         return PlainTextResponse("Service is not ready because .__is_ready__() returns False.", 503)
 
+    async def talk(socket: WebSocket) -> None:
+        await socket.accept()
+
     routes = [Route(path, page) for path in ("/", "/rank", "/livez", "/metrics")] + [Route("/readyz", unready)]
-    return TestClient(Gate(Starlette(routes=routes), Tokens.of(environment)))
+    return TestClient(
+        Gate(Starlette(routes=[*routes, WebSocketRoute("/talk", talk)]), Tokens.of(environment), told=told)
+    )
 
 
 def test_without_tokens_everything_is_open() -> None:
@@ -50,6 +59,27 @@ def test_anything_else_is_401(value: str | None) -> None:
     assert guarded.get("/livez").status_code == 200
     assert guarded.get("/readyz").status_code == 503
     assert guarded.get("/metrics").status_code == 200
+
+
+def test_who_is_sent_away_is_told_of() -> None:
+    told: list[tuple[str, int, str]] = []
+    guarded = client(
+        lambda scope, error: told.append((scope["path"], error.status, error.code)), MASKNET_TOKENS="first"
+    )
+    guarded.get("/rank", headers={"authorization": "Bearer guess"})
+    guarded.get("/rank", headers={"authorization": "Bearer first"})
+    guarded.get("/livez")
+    guarded.get("/nowhere")
+    assert told == [("/rank", 401, "unauthorized"), ("/nowhere", 401, "unauthorized")]
+
+
+@pytest.mark.parametrize("tokens", [{}, {"MASKNET_TOKENS": "first"}])
+def test_websockets_are_refused_at_once(tokens: dict[str, str]) -> None:
+    """With or without a token: there is nothing that speaks it."""
+    for headers in ({}, {"authorization": "Bearer first"}):
+        with pytest.raises(WebSocketDisconnect) as error, client(**tokens).websocket_connect("/talk", headers=headers):
+            pass
+        assert error.value.code == 1000
 
 
 def test_metrics_may_need_a_token_too() -> None:

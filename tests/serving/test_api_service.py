@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 import socket
 import time
 from pathlib import Path
@@ -14,38 +15,16 @@ import pytest
 from serving.api.arrow import METADATA
 from serving.bundle import load_bundle
 from tests.serving.conftest import ITEMS
-from tests.serving.running import Service
+from tests.serving.running import ARROW, Service, checked, stream
 
 pytestmark = pytest.mark.long
 
-ARROW = "application/vnd.apache.arrow.stream"
 ITEM = list(range(ITEMS))
 GOOD: dict[str, Any] = {"context": {"user": "ann"}, "candidates": {"item": ITEM}, "top_k": ITEMS}
 
 
 def post(service: Service, content: bytes, kind: str = "application/json", **headers: str) -> httpx.Response:
     return httpx.post(f"{service.uri}/rank", content=content, headers={"content-type": kind, **headers}, timeout=30)
-
-
-def checked(answer: httpx.Response, status: int, code: str, location: str | None = None) -> None:
-    """The one body, and nothing of the server's inside."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert set(answer.json()) == {"error"}
-    error = answer.json()["error"]
-    assert set(error) == {"code", "message", "location"}
-    assert (error["code"], error["location"]) == (code, location)
-    assert answer.headers["x-request-id"]
-    assert not any(word in answer.text for word in ("Traceback", ".py", "/work", "/tmp", "site-packages"))
-
-
-def stream(columns: dict[str, Any], rest: Any) -> bytes:
-    table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(rest).encode()})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
 
 
 def test_scores_are_the_scorers_in_json_and_in_arrow(service: Service, small_bundle: Path) -> None:
@@ -100,7 +79,7 @@ BODIES: list[tuple[bytes, int, str, str | None]] = [
     (b'{"candidates": {"item": [1]}, "context": {"user": "a"}, "top_k": 0}', 422, "wrong_type", "top_k"),
     (b'{"candidates": {"item": [1]}, "context": {"user": "a"}, "time": "soon"}', 422, "bad_value", "time"),
     (b'{"candidates": {"item": [1]}, "context": {"user": "a"}, "limit": 1}', 422, "unknown_key", "limit"),
-    (b'{"candidates": {"item": [1]}, "context": {"user": "' + b"x" * 5000 + b'"}}', 422, "bad_value", None),
+    (b'{"candidates": {"item": [1]}, "context": {"user": "' + b"x" * 5000 + b'"}}', 422, "bad_value", "context.user"),
     (
         json.dumps({"context": {"user": "a"}, "candidates": {"item": [1] * 5001}}).encode(),
         413,
@@ -186,7 +165,7 @@ def test_ids_and_no_values_in_the_log(service: Service) -> None:
 def test_model_tells_of_its_engine(service: Service) -> None:
     about = httpx.get(f"{service.uri}/model").json()
     assert {"model", "metrics", "members", "calibration", "engine", "life", "schema"} <= about.keys()
-    assert about["engine"]["tables"]["largest_error"] == 0.0
+    assert about["engine"]["tables"]["largest_error"] == about["engine"]["largest_difference"] == 0.0
     assert about["life"]["source"] == "folder"
 
 
@@ -197,7 +176,10 @@ def test_tokens_guard_everything_but_health(small_bundle: Path, tmp_path: Path) 
             answer = httpx.get(f"{guarded.uri}{path}")
             checked(answer, 401, "unauthorized")
             assert answer.headers["www-authenticate"] == "Bearer"
-        checked(post(guarded, json.dumps(GOOD).encode()), 401, "unauthorized")
+        checked(post(guarded, json.dumps(GOOD).encode(), **{"x-request-id": "guess-1"}), 401, "unauthorized")
+        guarded.wait_for(lambda: guarded.metric("masknet_refused_total", 'route="/rank"', 'code="unauthorized"') == 1)
+        assert guarded.metric("masknet_refused_total", 'status="401"') == 7
+        assert "request guess-1: /rank 401 unauthorized" in guarded.told()
         assert httpx.get(f"{guarded.uri}/livez").status_code == httpx.get(f"{guarded.uri}/metrics").status_code == 200
         good = {"authorization": "Bearer s3cret-b"}
         assert post(guarded, json.dumps(GOOD).encode(), **good).status_code == 200
@@ -207,6 +189,25 @@ def test_tokens_guard_everything_but_health(small_bundle: Path, tmp_path: Path) 
         post(guarded, b'{"candidates": {"item": ["visible"], "user": ["a"]}}', **good)
         guarded.wait_for(lambda: "'visible' is no whole number" in guarded.told())  # as log_requests asks
         assert "s3cret" not in guarded.told()
+
+
+UPGRADE = (
+    b"GET /model HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+def test_websockets_are_refused_and_hold_nothing_up(small_bundle: Path, tmp_path: Path) -> None:
+    """Nobody would answer them; with them open the process would not end before the service's own time-out."""
+    with Service(tmp_path, str(small_bundle), "--set", "limits.drain_seconds=0", MASKNET_TOKENS="s3cret") as served:
+        sockets = [_connected(served) for _ in range(4)]
+        for connection in sockets:
+            connection.sendall(UPGRADE)
+            assert connection.recv(100).startswith(b"HTTP/1.1 403 ")
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+        for connection in sockets:
+            connection.close()
 
 
 def _connected(service: Service) -> socket.socket:

@@ -13,8 +13,8 @@ import pytest
 
 from features.errors import InputError
 from features.files import hash_tree
-from serving.life.cache import KEEP, ModelCache, default_folder
-from serving.models import Registered, RegistryAway
+from serving.life.cache import KEEP, REGISTRIES, ModelCache, default_folder
+from serving.models import NotNow, Registered, RegistryAway
 from tests.serving.conftest import Make
 
 STORE = "sqlite:////data/mlflow.db"
@@ -30,10 +30,14 @@ class Store:
     def __init__(self, bundle: Path) -> None:
         self.bundle, self.asked = bundle, list[str]()
         self.spoils: str | None = None
+        self.cuts = list[int | None]()  # bytes that arrive of a member's weights, by downloads; None for all
 
     def __call__(self, found: Registered, folder: Path) -> Path:
         self.asked.append(found.version)
         shutil.copytree(self.bundle, folder / "artifacts" / "bundle")
+        cut = self.cuts.pop(0) if self.cuts else None
+        if cut is not None:
+            os.truncate(folder / "artifacts" / "bundle" / "members" / "00" / "network.safetensors", cut)
         if self.spoils:
             file = folder / "artifacts" / "bundle" / self.spoils
             content = bytearray(file.read_bytes())
@@ -66,7 +70,22 @@ def test_a_changed_byte_is_told_without_paths_and_nothing_is_kept(cache: ModelCa
         cache.get(version(1))
     assert str(cache.folder) not in str(told.value)
     assert not cache.path(version(1)).exists()
+    assert store.asked == ["1", "1"], "what arrives twice alike is so where it comes from"
     store.spoils = None
+    assert hash_tree(cache.get(version(1))) == hash_tree(store.bundle)
+
+
+def test_a_transfer_that_broke_off_is_made_again(cache: ModelCache, store: Store) -> None:
+    store.cuts = [100]
+    assert hash_tree(cache.get(version(1))) == hash_tree(store.bundle)
+    assert store.asked == ["1", "1"]
+
+
+def test_transfers_that_break_off_here_and_there_say_nothing_of_the_version(cache: ModelCache, store: Store) -> None:
+    store.cuts = [100, 200]
+    with pytest.raises(NotNow, match=r"^models:/small/1 was downloaded twice, and damaged twice, each"):
+        cache.get(version(1))
+    assert not cache.path(version(1)).exists()
     assert hash_tree(cache.get(version(1))) == hash_tree(store.bundle)
 
 
@@ -81,7 +100,7 @@ def test_a_copy_that_was_damaged_later_is_known_and_made_anew(cache: ModelCache,
     assert not cache.is_damaged(version(1))
     (path / "golden.json").write_text("{}")
     assert cache.is_damaged(version(1))
-    cache.discard(version(1))
+    cache.discard_damaged(version(1))
     assert not cache.is_damaged(version(1)), "what is not there is not damaged"
     assert hash_tree(cache.get(version(1))) == hash_tree(store.bundle)
     assert store.asked == ["1", "1"]
@@ -144,6 +163,85 @@ def test_the_newest_and_the_remembered_are_kept(cache: ModelCache) -> None:
     kept = {path.name.partition("-")[0] for path in (cache.folder / "small").glob("[0-9]*")}
     assert "1" in kept
     assert kept - {"1"} == {"50", "2", "9", "8", "7"}
+
+
+def test_of_the_models_that_stood_for_versions_the_last_are_remembered(cache: ModelCache) -> None:
+    for number in range(1, KEEP + 4):
+        os.utime(cache.get(version(number)), (number, number))
+        cache.remember(f"models:/small/{number}", version(number))
+        os.utime(next(cache.folder.glob(f"@*%2F{number}.json")), (number, number))
+    assert cache.remembered("models:/small/2") == version(2), "used again"
+    for number in range(100, 100 + KEEP):
+        cache.get(version(number))
+    known = {n for n in range(1, KEEP + 4) if cache.remembered(f"models:/small/{n}")}
+    assert known == {2, 5, 6, 7, 8}
+    assert len(list(cache.folder.glob("@*.json"))) == KEEP
+    kept = {path.name.partition("-")[0] for path in (cache.folder / "small").glob("[0-9]*")}
+    assert kept == {"2", "5", "6", "7", "8", "100", "101", "102", "103", "104"}
+
+
+def test_the_registries_used_last_are_kept(store: Store, tmp_path: Path) -> None:
+    def use(number: int) -> Path:
+        cache = ModelCache(tmp_path / "cache", f"http://mlflow:{number}", store)
+        cache.get(version(1))
+        return cache.folder
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "notes").mkdir()
+    folders = [use(number) for number in range(REGISTRIES)]
+    for age, folder in enumerate(folders):
+        os.utime(folder, (1000 + age, 1000 + age))
+    held = ModelCache(tmp_path / "cache", "http://mlflow:1", store)
+    os.utime(held.folder, (1001, 1001))
+    more = [use(number) for number in range(REGISTRIES, REGISTRIES + 3)]
+    kept = {path for path in (tmp_path / "cache").iterdir() if path.name != "notes"}
+    assert kept == {held.folder, *folders[3:], *more}
+    assert (tmp_path / "cache" / "notes").is_dir(), "it is none of ours"
+    assert hash_tree(held.get(version(1))) == hash_tree(store.bundle)
+    last = folders[4:]
+    del held
+    use(REGISTRIES + 3)
+    assert {path for path in (tmp_path / "cache").iterdir() if path.name != "notes"} - set(more) == {
+        *last, ModelCache(tmp_path / "cache", f"http://mlflow:{REGISTRIES + 3}", store).folder,
+    }  # fmt: skip
+
+
+def test_nobody_replaces_what_is_read(cache: ModelCache, store: Store) -> None:
+    """A damaged copy is removed once those who read it are done, and one made anew meanwhile is not."""
+    (cache.get(version(1)) / "golden.json").write_text("{}")
+    other = ModelCache(cache.folder.parent, STORE, store)
+    thread = threading.Thread(target=other.discard_damaged, args=(version(1),))
+    with cache.reading(version(1)) as path:
+        thread.start()
+        thread.join(0.2)
+        assert (path / "golden.json").read_text() == "{}"
+    thread.join(10)
+    assert not path.exists()
+    with cache.reading(version(1)) as path:
+        assert hash_tree(path) == hash_tree(store.bundle)
+    cache.discard_damaged(version(1))
+    assert path.is_dir()
+
+
+def test_a_disk_that_is_full_is_told_by_its_error_and_leaves_nothing(
+    cache: ModelCache, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache.get(version(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            cache.get(version(2))
+        patch.setattr(Path, "write_bytes", full)
+        cache.remember("models:/small@champion", version(1))
+    names = sorted(path.name for path in (cache.folder / "small").iterdir())
+    assert names == [".lock", cache.path(version(1)).name]
+    assert caplog.messages == [
+        "models:/small@champion: a start without MLflow will not know of models:/small/1: No space left on device"
+    ]
+    assert cache.remembered("models:/small@champion") is None
 
 
 def test_names_stay_in_their_folder(cache: ModelCache) -> None:

@@ -17,13 +17,13 @@ from scipy.special import logit as scipy_logit
 from starlette.testclient import TestClient
 
 from features.errors import InputError
-from serving.api.parts import OneModel, Parts
-from serving.api.routes import create_app
+from serving.api.routes import Routes
 from serving.bundle import Bundle, load_bundle
 from serving.calibration import UNCALIBRATED, Calibration, logit, sigmoid
 from serving.ranking.engine import RankingEngine
 from serving.scorer import Scorer
 from serving.scoring.files import score_files
+from tests.serving.parts import parts_of
 
 FITTED = {"split": "valid", "rows": 100, "sampling_rate": 0.2}
 KNOTS = {"kind": "isotonic", "scores": [0.1, 0.2, 0.4, 0.9], "values": [0.05, 0.3, 0.3, 0.7]}
@@ -80,7 +80,8 @@ def test_logit_and_sigmoid_at_the_ends() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1, 1.1])
 @pytest.mark.parametrize("curve", CURVES)
 def test_what_is_no_probability_is_refused(curve: dict[str, Any], bad: float) -> None:
-    with pytest.raises(ValueError, match="of row 2 is no probability"):
+    told = "row 2: its values are too large to be scored" if np.isnan(bad) else "of row 2 is no probability"
+    with pytest.raises(ValueError, match=told):
         calibration(curve).apply(np.array([0.1, 0.2, bad, bad], np.float32))
 
 
@@ -131,7 +132,7 @@ def test_every_way_to_a_score_is_calibrated_once(
     np.testing.assert_array_equal(bundle.scorer.uncalibrated(encoded), plain)
     np.testing.assert_array_equal(bundle.scorer.score_encoded(encoded), expected)
     np.testing.assert_array_equal(bundle.scorer.score(rows), expected)
-    app = create_app(Parts(OneModel(RankingEngine(bundle, "1"))))
+    app = Routes(parts_of(RankingEngine(bundle, "1"))).app
     client = TestClient(app)
     np.testing.assert_allclose(client.post("/predict", json={"rows": rows}).json()["scores"], expected, rtol=1e-7)
     asked = {"context": {"user": "ann"}, "candidates": {"item": rows["item"]}, "top_k": len(plain)}
@@ -158,7 +159,7 @@ def test_rankings_keep_the_order_where_a_curve_is_level(make: Callable[..., Bund
 
 
 def test_the_model_describes_what_it_answers(make: Callable[..., Bundle]) -> None:
-    app = create_app(Parts(OneModel(RankingEngine(make(), "1"))))
+    app = Routes(parts_of(RankingEngine(make(), "1"))).app
     client = TestClient(app)
     operation = client.get("/docs.json").json()["paths"]["/model"]["get"]
     described = operation["responses"]["200"]["content"]["application/json"]["schema"]

@@ -2,17 +2,22 @@
 
 import asyncio
 import http.server
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pytest
 
 from serving.bundle import load_bundle
 from serving.client import AsyncClient, Client, Form, RankingError
+from serving.client_bodies import Call, predict_call, rank_call
 from tests.serving.conftest import ITEMS
 from tests.serving.running import Service
 
@@ -104,6 +109,47 @@ def test_a_busy_service_is_asked_again_as_often_as_allowed(busy: str) -> None:
 
     asyncio.run(patient())
     assert len(Busy.seen) == 3
+
+
+WAYS: dict[str, Callable[[list[float]], Any]] = {
+    "columns": lambda values: {"price": values},
+    "numpy": lambda values: {"price": np.array(values, np.float32)},
+    "rows": lambda values: [{"price": value} for value in values],
+    "pandas": lambda values: pd.DataFrame({"price": values}),
+    "arrow": lambda values: pa.table({"price": pa.chunked_array([values[:1], values[1:]])}),
+}
+
+
+def columns_of(call: Call) -> tuple[list[Any], Any]:
+    """The column that a call sends, and the rest of its body."""
+    if call.headers["content-type"] == "application/json":
+        body = orjson.loads(call.body)
+        candidates = body.pop("candidates")
+        found = [row["price"] for row in candidates] if isinstance(candidates, list) else candidates["price"]
+        return found, body
+    table = pa.ipc.open_stream(call.body).read_all()
+    return table["price"].to_pylist(), orjson.loads(table.schema.metadata[b"masknet"])
+
+
+@pytest.mark.parametrize("form", ["json", "arrow"])
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_is_missing_in_both_forms(form: Form, way: str) -> None:
+    call = rank_call(form, {"age": math.nan}, WAYS[way]([1.5, math.nan, 2.0]), 3, None, None)
+    assert columns_of(call) == ([1.5, None, 2.0], {"context": {"age": None}, "top_k": 3})
+
+
+@pytest.mark.parametrize("form", ["json", "arrow"])
+@pytest.mark.parametrize("way", WAYS)
+def test_infinity_is_refused_in_both_forms(form: Form, way: str) -> None:
+    """orjson would write it as null, a missing value, which has another score."""
+    infinite = WAYS[way]([1.5, 2.0, -math.inf])
+    with pytest.raises(ValueError, match=r"^candidates\.price\[2\] is infinite, which no field takes$"):
+        rank_call(form, {}, infinite, 3, None, None)
+    with pytest.raises(ValueError, match=r"^rows\.price\[2\] is infinite"):
+        predict_call(form, infinite, None)
+    for value in (math.inf, np.float32(-np.inf)):
+        with pytest.raises(ValueError, match=r"^context\.age is infinite"):
+            rank_call(form, {"age": value}, WAYS[way]([1.0, 2.0]), 3, None, None)
 
 
 def test_what_does_not_speak_our_errors() -> None:

@@ -85,6 +85,31 @@ def test_its_settings_are_settings_and_fit_the_pod() -> None:
     assert environment()["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 
 
+PICKLE = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import serving.service",  # as `bentoml serve` does
+        "import serving.pyfunc",  # as MLflow's servers do
+        "from training.quiet import quiet_libraries; quiet_libraries()",  # as every command does
+    ],
+)
+def test_pickle_is_off_whatever_the_environment_says(start: str) -> None:
+    script = f"{start}; from mlflow.environment_variables import {PICKLE} as setting; print(setting.get())"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+        env=os.environ | {PICKLE: "true"},
+    )
+    assert found.stdout.split() == ["False"]
+
+
 @pytest.mark.long
 def test_there_is_time_for_the_drain() -> None:
     limits = ServeSettings.model_validate(SETTINGS).limits

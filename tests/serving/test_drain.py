@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import httpx
 import pytest
 
 from tests.serving.conftest import ITEMS
-from tests.serving.running import Service
+from tests.serving.running import ROOT, Service
 
 pytestmark = pytest.mark.long
 
@@ -85,6 +87,54 @@ def test_what_is_in_flight_at_the_end_is_answered(small_bundle: Path, tmp_path: 
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert b'"items"' in answer
         assert service.process.wait(30) == 0
+
+
+def test_a_client_that_never_finishes_holds_nothing_up(small_bundle: Path, tmp_path: Path) -> None:
+    """Its body is given up as at any other time, a connection that only waits is closed; an orderly end."""
+    options = ("--set", "limits.drain_seconds=0", "--set", "limits.body_seconds=2")
+    with Service(tmp_path, str(small_bundle), *options) as service:
+        host, _, port = service.uri.removeprefix("http://").partition(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=30) as stalled,
+            socket.create_connection((host, int(port)), timeout=30) as idle,
+        ):
+            idle.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert idle.recv(1000).startswith(b"HTTP/1.1 200 ")
+            stalled.sendall(
+                b"POST /rank HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 60\r\n\r\n{"
+            )
+            service.wait_for(lambda: httpx.post(f"{service.uri}/rank", json=BODY).status_code == 200)
+            service.process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: stalled.recv(1000), b""))
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b'"code":"body_too_slow"' in answer
+            assert b"HTTP/1.1" not in b"".join(iter(lambda: idle.recv(1000), b""))
+            assert service.process.wait(30) == 0
+
+
+GIVES_UP = """
+import asyncio, signal
+from serving.api.drain import drain_on_sigterm
+
+async def main():
+    signal.signal(signal.SIGTERM, lambda *_: None)  # a server that does not end
+    drain_on_sigterm(lambda: print("begun", flush=True), 0.2, 0.3)
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_a_server_that_does_not_end_is_ended() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", GIVES_UP]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, "begun\n")
+    assert "did not finish in time" in error
 
 
 def test_a_signal_to_the_whole_group_is_the_same(small_bundle: Path, tmp_path: Path) -> None:

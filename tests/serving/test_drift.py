@@ -178,6 +178,33 @@ def test_columns_that_are_called_as_the_logs_mean_nothing_in_raw_rows(measured: 
     assert measured(raw.append_column("role", texts)).rows == 300
 
 
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        (pa.array(["good", "bad"] * 200), "holds string, not scores"),
+        (pa.array(["0.5", "0.25"] * 200).dictionary_encode(), "holds dictionary<.*>, not scores"),
+        (pa.array([[0.5]] * 400), "holds list<.*>, not scores"),
+        (pa.array([True, False] * 200), "holds bool, not scores"),
+        (pa.array([0.5, 7.0] * 200), "holds what is no score from 0 to 1"),
+        (pa.array([0.5, None] * 200), "holds what is no score from 0 to 1"),
+    ],
+)
+def test_a_column_that_is_called_score_and_holds_none_is_told(
+    measured: Callable[..., DriftResult], scores: pa.Array, told: str
+) -> None:
+    table = rows(400)
+    table = table.set_column(table.column_names.index("score"), "score", scores)
+    with pytest.raises(InputError, match=rf"input .*0\.parquet: column 'score' stands beside this version's .* {told}"):
+        measured(table)
+    assert measured(table, version="8").scores_of == "by the model", "of another version's rows it means nothing"
+
+
+def test_whole_numbers_are_scores_too(measured: Callable[..., DriftResult]) -> None:
+    table = rows(400)
+    table = table.set_column(table.column_names.index("score"), "score", pa.array([0, 1] * 200, pa.int8()))
+    assert measured(table).score.found_G.tolist() == [200, 200]
+
+
 def test_too_few_and_unreadable_rows_are_refused(measured: Callable[..., DriftResult]) -> None:
     with pytest.raises(InputError, match=r"100 rows of (9|10) users or requests are too few to tell drift from chance"):
         measured(rows(100))

@@ -4,7 +4,7 @@ Legend: N candidates.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,17 +19,17 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
-from serving.backends.base import CPUBackend
+from serving.backends.base import Backend, CPUBackend
 from serving.backends.choose import make_backend
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
 from serving.ranking import engine as engine_module
 from serving.ranking.engine import RankingEngine
 from serving.ranking.tables import Tables
-from serving.ranking.transfer import OneCopy
+from serving.ranking.transfer import OneTrip
 from serving.trace import Trace
-from tests.serving.test_every_kind import CANDIDATES as WRITTEN
-from tests.serving.test_every_kind import CONTEXT, ENCODERS, SCHEMA
+from tests.serving.every_kind import CANDIDATES as WRITTEN
+from tests.serving.every_kind import CONTEXT, ENCODERS, SCHEMA
 
 # as the routes hand them over: ids as text, lists as lists
 LISTS: dict[str, list[Any]] = {"codes": [["0", "5"], ["2"], []], "genres": [["war", "drama"], ["war"], ["opera"]]}
@@ -343,13 +343,48 @@ def test_what_travels_to_a_device_arrives() -> None:
     class Sum:
         name, bound = "sum", 0.5
 
-        def logits(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
-            return context_1C.sum() + candidates_NR[:, 0] - candidates_NR[:, 1]
+        def __init__(self, times: float) -> None:
+            self.times = times
 
-    moved = OneCopy(Sum(), "cpu")
+        def logits(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
+            return self.times * (context_1C.sum() + candidates_NR[:, 0] - candidates_NR[:, 1])
+
+    trip = OneTrip([Sum(1), Sum(10)], "cpu")
     for rows in (3, 1, 5):
         context_1C, candidates_NR = torch.ones(1, 4), torch.arange(2.0 * rows).view(2, rows).t()
-        expected = [4.0 - rows] * rows
-        assert moved.logits(context_1C, candidates_NR).tolist() == expected
-    assert (moved.name, moved.bound) == ("sum", 0.5)
-    assert moved.logits(torch.empty(1, 0), torch.tensor([[5.0, 2.0]])).tolist() == [3.0]
+        found_MN = trip.logits([(context_1C, candidates_NR), (2 * context_1C, candidates_NR)])
+        assert found_MN.tolist() == [[4.0 - rows] * rows, [10 * (8.0 - rows)] * rows]
+    nothing, x_12 = torch.empty(1, 0), torch.tensor([[5.0, 2.0]])
+    assert trip.logits([(nothing, x_12), (nothing, x_12)]).tolist() == [[3.0], [30.0]]
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_on_a_device_a_request_travels_once(made: Make, monkeypatch: pytest.MonkeyPatch, members: int) -> None:
+    trips: list[tuple[int, int]] = []
+
+    class Counted(OneTrip):
+        """The device is the CPU again."""
+
+        def __init__(self, backends: Sequence[Backend], device: str) -> None:
+            assert device == "cuda"
+            super().__init__(backends, "cpu")
+
+        def logits(self, parts_M: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+            trips.append((len(parts_M), len(parts_M[0][1])))
+            return super().logits(parts_M)
+
+    def here(network: Any, kind: Any, device: str, *args: Any, **kwargs: Any) -> Any:
+        assert device == "cuda"
+        return make_backend(network, kind, "cpu", *args, **kwargs)
+
+    bundle = made(members=members)
+    expected = RankingEngine(bundle, "1").rank(CONTEXT, many(2500), 2500, WHEN)
+    monkeypatch.setattr(engine_module, "OneTrip", Counted)
+    monkeypatch.setattr(engine_module, "make_backend", here)
+    engine = RankingEngine(bundle, "1", device="cuda")
+    found = engine.rank(CONTEXT, many(2500), 2500, WHEN)
+    scores = [{item.index: item.score for item in items} for items in (found, expected)]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-6)
+    rows = many(7) | {"user": ["a"] * 7, "age": [1] * 7, "seen": [WHEN] * 7}
+    np.testing.assert_allclose(engine.predict(rows), bundle.scorer.score(rows), rtol=0, atol=2e-6)
+    assert trips == [(members, 2500), (members, 7)]

@@ -14,103 +14,38 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import torch
 import yaml
 from safetensors.numpy import load_file
 from starlette.testclient import TestClient
 
-from features.encoders import AnyEncoder, Cross, DatePart, Hash, Identity, LogBucket, Quantile, Scale, Vocabulary
 from features.errors import InputError
 from features.files import sha256_file
-from features.pipeline import FeaturePipeline
 from features.schema import Schema, load_schema
-from masknet.config import MaskNetConfig
-from masknet.model import MaskNet
-from serving.api.parts import OneModel, Parts
-from serving.api.routes import create_app
-from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
-from serving.members import Member
+from serving.api.routes import Routes
+from serving.bundle import Bundle, load_bundle, tables_of
 from serving.ranking.engine import RankingEngine
-
-RATE = 0.2
-SCHEMA = Schema.model_validate(
-    {
-        "name": "every kind",
-        "label": {"column": "click"},
-        "context": ["user", "age"],
-        "negative_sampling": {"rate": RATE},
-        "fields": [
-            {"name": "price", "type": "numeric", "encoder": "standard"},
-            {"name": "liked", "type": "list", "share_with": "user", "max_length": 4},
-            {"name": "user", "type": "categorical"},
-            {"name": "hour", "type": "date", "from": "seen", "part": "hour", "format": "%d.%m.%Y %H:%M"},
-            {"name": "item", "type": "categorical", "encoder": "hash", "buckets": 50},
-            {"name": "slot", "type": "categorical", "encoder": "identity", "buckets": 8},
-            {"name": "codes", "type": "list", "encoder": "identity", "buckets": 6, "pooling": "sum"},
-            {"name": "genres", "type": "list", "separator": "|"},
-            {"name": "age", "type": "numeric", "encoder": "quantile"},
-            {"name": "clicks", "type": "numeric", "encoder": "log_bucket", "buckets": 40},
-            {"name": "income", "type": "numeric", "encoder": "log1p", "normalize": True},
-            {"name": "share", "type": "numeric", "encoder": "minmax"},
-            {"name": "position", "type": "categorical", "encoder": "identity", "buckets": 9,
-             "training_only": {"default": 1}},
-            {"name": "delay", "type": "numeric", "encoder": "standard", "training_only": {"default": 2.5}},
-            {"name": "user_x_genre", "type": "cross", "of": ["user", "genres"], "buckets": 70},
-            {"name": "weekday", "type": "date", "from": "seen", "part": "weekday", "timezone": "Asia/Tokyo"},
-        ],
-    }
-)  # fmt: skip
-ENCODERS: dict[str, AnyEncoder] = {
-    "price": Scale("standard", 10.0, 4.0),
-    "user": Vocabulary(pa.array(["ann", "bob", "cat"])),
-    "hour": DatePart(24, "hour", "UTC"),
-    "item": Hash(50),
-    "slot": Identity(8),
-    "codes": Identity(6),
-    "genres": Vocabulary(pa.array(["drama", "war"])),
-    "age": Quantile(np.array([20.0, 40.0])),
-    "clicks": LogBucket(40),
-    "income": Scale("log1p"),
-    "share": Scale("minmax", 0.0, 8.0),
-    "position": Identity(9),
-    "delay": Scale("standard", 1.0, 0.5),
-    "user_x_genre": Cross(70),
-    "weekday": DatePart(7, "weekday", "Asia/Tokyo"),
-}
-PIPELINE = FeaturePipeline.build(SCHEMA.fields, ENCODERS)
-CONFIG = MaskNetConfig(embedding_dim=4, blocks=1, block_width=6, head=())
-VALUES = ["price", "income", "share", "delay"]
-TIME = "2024-05-05T18:30:00+02:00"  # Sunday, 16:30 UTC; in Tokyo it is Monday already
-CONTEXT = {"user": "bob", "age": 33}
-CANDIDATES: dict[str, list[Any]] = {
-    "price": [12.0, None, -3.5],
-    "liked": [["ann", "ann", "cat"], ["bob"], None],
-    "item": ["x", 17, None],
-    "slot": [3, "7", 99],
-    "codes": [[0, 5], ["2"], []],
-    "genres": ["war|drama", ["war"], "opera"],
-    "clicks": [0, 250, None],
-    "income": [1e5, 0.0, None],
-    "share": [2.0, 9.0, None],
-}
+from tests.serving.every_kind import (
+    CANDIDATES,
+    CONTEXT,
+    PIPELINE,
+    RATE,
+    SCHEMA,
+    TIME,
+    VALUES,
+    rows_at,
+    write_every_kind,
+)
+from tests.serving.parts import parts_of
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Random weights, far from those of any initialization."""
-    model = MaskNet(CONFIG, tables_of(PIPELINE), fields_of(PIPELINE))
-    generator = torch.Generator().manual_seed(2)
-    tables = {t.name: torch.randn(t.rows, 4, generator=generator) for t in tables_of(PIPELINE)}
-    network = {name: torch.randn(w.shape, generator=generator) / 3 for name, w in model.dense_state().items()}
-    path = tmp_path_factory.mktemp("every") / "bundle"
-    rest = {"schema": SCHEMA, "pipeline": PIPELINE, "members": [Member(network, tables)], "sampling_rate": RATE}
-    write_bundle(path, name="every", config=CONFIG, run_id=None, evaluate=lambda scorer: {}, **rest)
-    return load_bundle(path)
+    return load_bundle(write_every_kind(tmp_path_factory.mktemp("every") / "bundle"))
 
 
 @pytest.fixture(scope="module")
 def client(bundle: Bundle) -> TestClient:
-    app = create_app(Parts(OneModel(RankingEngine(bundle, "1"))))
+    app = Routes(parts_of(RankingEngine(bundle, "1"))).app
     return TestClient(app)
 
 
@@ -153,11 +88,6 @@ def expected_scores(path: Path, encoded: pa.Table) -> np.ndarray:
 def layer_norm(x: np.ndarray) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-
-
-def rows_at(time: Any) -> list[dict[str, Any]]:
-    columns = zip(*CANDIDATES.values(), strict=True)
-    return [dict(zip(CANDIDATES, values, strict=True)) | CONTEXT | {"seen": time} for values in columns]
 
 
 def test_scores_are_those_of_the_definition(client: TestClient, bundle: Bundle) -> None:
@@ -251,10 +181,12 @@ def test_model_and_documentation_tell_what_is_sent(client: TestClient) -> None:
     assert set(bodies["/rank"]["schema"]["properties"]["context"]["properties"]) == {*CANDIDATES, *CONTEXT}
     columns = bodies["/predict"]["schema"]["properties"]["rows"]["oneOf"][0]["properties"]
     assert set(columns) == {*CANDIDATES, *CONTEXT, "seen"}
-    assert {"type": "integer", "minimum": 0} in columns["slot"]["items"]["oneOf"]
+    assert {"type": "integer", "minimum": 0, "maximum": 10**18 - 1} in columns["slot"]["items"]["oneOf"]
+    assert columns["user"]["items"]["oneOf"][0]["maxLength"] == 4096
 
 
 def test_values_that_only_the_encoders_refuse_are_422(client: TestClient) -> None:
     answer = client.post("/rank", json={"context": CONTEXT | {"user": "a\0b"}, "candidates": CANDIDATES})
     assert answer.status_code == 422
-    assert answer.json()["error"]["code"] == "bad_value"
+    error = {"code": "bad_value", "message": "the value contains a NUL", "location": "context.user"}
+    assert answer.json() == {"error": error}

@@ -1,8 +1,12 @@
 """A model that follows the registry: taken when good, refused when not, whatever happens to MLflow meanwhile."""
 
+import errno
 import gc
+import json
+import os
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +114,14 @@ def test_a_broken_version_is_refused_once_and_again_only_after_the_alias_has_mov
     assert (followed.engine.version, scores(followed.engine, rows)) == ("1", before)
     assert followed.about()["refused"]["version"] == "2"
     assert "bundle models:/small/2 is damaged" in followed.about()["refused"]["reason"]
-    assert (told.swaps, registry.downloads) == (["refused"], ["1", "2"])
+    assert (told.swaps, registry.downloads) == (["refused"], ["1", "2", "2"]), "what arrives twice alike is so there"
     assert sum("is refused" in record.message for record in caplog.records) == 1
     registry.aliases["champion"] = "1"
     assert not followed.look()
     assert followed.about()["refused"] is None
     registry.aliases["champion"] = "2"
     followed.look()
-    assert registry.downloads == ["1", "2", "2"]
+    assert registry.downloads == ["1", "2", "2", "2", "2"]
     registry.add("3", make("three", 3).path)
     assert followed.look()
     assert (followed.engine.version, followed.about()["refused"]) == ("3", None)
@@ -220,6 +224,131 @@ def test_an_outage_while_a_version_is_downloaded_is_no_refusal(
     assert (followed.about()["refused"], followed.source) == (None, "cache")
     registry.away = False
     assert followed.look()
+
+
+def unreadable(number: int) -> Callable[..., Any]:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number), "/secret/cache/file")
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("shutil.copytree", errno.ENOSPC),  # the copy is written
+        ("serving.life.downloads.verified_manifest", errno.EIO),  # its digests are looked at
+        ("pathlib.Path.rename", errno.EDQUOT),  # it gets its name
+        ("serving.members.load_file", errno.ESTALE),  # its weights are read
+        ("serving.manifest.hash_tree", errno.EACCES),
+    ],
+)
+def test_a_disk_at_fault_is_no_fault_of_the_version(
+    registry: Registry,
+    opener: Opener,
+    make: Make,
+    rows: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    number: int,
+) -> None:
+    """It is tried again after pauses of 15 s, 30 s, 1 min … 10 min, and told of each time; then it is taken."""
+    told, now = Counted(), [0.0]
+    followed = Followed("champion", CHAMPION, opener, False, told, clock=lambda: now[0])
+    before = scores(followed.engine, rows)
+    registry.add("2", make("two", 2).path)
+    tries = [0.0, 15.0, 45.0, 105.0, 225.0, 465.0, 945.0, 1545.0, 2145.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, unreadable(number))
+        for second in range(0, 2200, 5):
+            now[0] = float(second)
+            assert not followed.look()
+            expected = sum(second >= start for start in tries)
+            assert followed.about()["postponed"] == {
+                "version": "2",
+                "reason": f"models:/small/2 cannot be copied or read: {os.strerror(number)}",
+                "tries": expected,
+            }
+    assert (followed.engine.version, scores(followed.engine, rows)) == ("1", before)
+    assert followed.about()["refused"] is None
+    assert told.swaps == ["postponed"] * len(tries)
+    lines = [record.message for record in caplog.records if "is tried again in" in record.message]
+    assert len(lines) == len(tries)
+    assert lines[1].startswith("models:/small/2 is tried again in 30 s, version 1 goes on: ")
+    assert followed.source == "registry", "MLflow has answered"
+    now[0] = 2745.0
+    assert followed.look()
+    assert scores(followed.engine, rows) == pytest.approx(make_scores(registry, "2", rows), abs=1e-6)
+    assert (followed.about()["postponed"], told.swaps[-1]) == (None, "done")
+
+
+def test_another_version_is_not_kept_waiting(
+    registry: Registry, opener: Opener, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = Followed("champion", CHAMPION, opener, False, None, clock=lambda: 0.0)
+    registry.add("2", make("two", 2).path)
+    registry.add("3", make("three", 3).path)
+    registry.aliases["champion"] = "2"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", unreadable(errno.ENOSPC))
+        assert not followed.look()
+    registry.aliases["champion"] = "1"
+    assert not followed.look()
+    assert followed.about()["postponed"] is None
+    registry.aliases["champion"] = "3"
+    assert followed.look()
+
+
+def test_a_bundle_that_lacks_a_file_though_its_digests_are_right_is_refused(
+    registry: Registry, opener: Opener, make: Make, reseal: Any
+) -> None:
+    followed = follow(opener)
+    two = make("two", 2).path
+    (two / "golden.json").unlink()
+    manifest = json.loads((two / "manifest.json").read_text())
+    del manifest["files"]["golden.json"]
+    reseal(two, files=manifest["files"])
+    registry.add("2", two)
+    assert not followed.look()
+    assert followed.about()["postponed"] is None
+    assert followed.about()["refused"] == {"version": "2", "reason": "bundle: models:/small/2/golden.json is missing"}
+
+
+def test_a_start_on_a_full_disk_takes_the_last_good_one(
+    registry: Registry, opener: Opener, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[str]()
+    opener.open_by_registry(CHAMPION, told.append)
+    registry.add("2", make("two", 2).path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", unreadable(errno.ENOSPC))
+        assert opener.open_by_registry(CHAMPION, told.append).engine.version == "1"
+        assert told == [
+            "[Errno 28] No space left on device: '/secret/cache/file'; "
+            f"{CHAMPION} is served from the cache, as models:/small/1"
+        ]
+        patch.setattr("serving.members.load_file", unreadable(errno.EIO))
+        with pytest.raises(InputError, match=r"^model .* No space left .*, and .*Input/output error"):
+            opener.open_by_registry(CHAMPION, told.append)
+    assert follow(opener).look()
+
+
+def test_a_version_that_the_settings_do_not_suit_is_refused(registry: Registry, opener: Opener, make: Make) -> None:
+    seen = list[str]()
+
+    def before(engine: RankingEngine) -> None:
+        seen.append(engine.version)
+        if engine.version == "2":
+            raise InputError("store /secret/users.parquet has no column 'age'")
+
+    followed = Followed("champion", CHAMPION, opener, False, None, before)
+    registry.add("2", make("two", 2).path)
+    assert not followed.look()
+    assert followed.about()["refused"] == {"version": "2", "reason": "the service's settings do not suit it"}
+    registry.add("3", make("three", 3).path)
+    assert followed.look()
+    assert (followed.engine.version, seen) == ("3", ["1", "2", "3"])
 
 
 def test_an_alias_that_is_gone_leaves_the_version(registry: Registry, opener: Opener) -> None:

@@ -25,11 +25,11 @@ from features.pipeline import FeaturePipeline
 from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
-from serving.api.parts import OneModel, Parts
-from serving.api.routes import create_app
+from serving.api.routes import Routes
 from serving.bundle import Bundle, fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
 from serving.ranking.engine import RankingEngine
+from tests.serving.parts import parts_of
 
 RATE, DIM = 0.25, 4
 SCHEMA = Schema.model_validate(
@@ -154,7 +154,7 @@ def test_every_way_to_a_score_goes_through_the_map(bundle: Bundle) -> None:
     np.testing.assert_allclose(bundle.scorer.score_encoded(encoded), expected, rtol=0, atol=1e-6)
     engine = RankingEngine.load(bundle.path, "1")
     np.testing.assert_allclose(engine.predict(pa.table(ROWS)), expected, rtol=0, atol=1e-6)
-    app = create_app(Parts(OneModel(engine)))
+    app = Routes(parts_of(engine)).app
     client = TestClient(app)
     answer = client.post("/predict", json={"rows": ROWS})
     np.testing.assert_allclose(answer.json()["scores"], expected, rtol=0, atol=1e-6)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from features.fields import ListField
-from features.online import OnlineEncoder
+from features.online import Encoded, OnlineEncoder
 from serving.bundle import Bundle
 from serving.ranking.engine import RankingEngine
 
@@ -39,8 +39,7 @@ def shown(raw_rows: Path, bundle: Bundle) -> pl.DataFrame:
     return rows.with_columns(strange, unseen, pl.col("year").cast(pl.Float64))
 
 
-def require_equal(encoder: OnlineEncoder, columns: Any, expected: pa.Table) -> None:
-    found = encoder.encode(columns)
+def require_equal(found: Encoded | None, expected: pa.Table) -> None:
     assert found is not None
     for name in expected.column_names:
         column = expected[name].combine_chunks()
@@ -63,14 +62,14 @@ def test_encodings_are_equal_and_scores_within_1e_6(shown: pl.DataFrame, bundle:
     expected_N = bundle.scorer.score_encoded(encoded)
     assert len(np.unique(expected_N)) > ROWS / 100
     served = bundle.pipeline.as_served(encoded)
-    require_equal(encoder, {name: table[name] for name in table.column_names}, served)
+    require_equal(encoder.encode({name: table[name] for name in table.column_names}), served)
     np.testing.assert_allclose(engine.predict(table), expected_N, rtol=0, atol=1e-6)
     worst = 0.0
     for start in range(0, ROWS, REQUEST):
         part = shown.slice(start, REQUEST)
         context, candidates, time = request_of(bundle, part)
         once = {name: [value] for name, value in context.items()} | {n: [time] for n in only_times(bundle)}
-        require_equal(encoder, candidates | once, served.slice(start, REQUEST))
+        require_equal(encoder.encode(candidates | once), served.slice(start, REQUEST))
         ranked = engine.rank(context, candidates, REQUEST, time)
         found_N = np.empty(REQUEST, np.float32)
         found_N[[item.index for item in ranked]] = [item.score for item in ranked]

@@ -72,8 +72,9 @@ def start(folder: Path) -> Callable[..., PredictionLogWriter]:
         schema: Schema = SCHEMA, worker: int = 0, on_drop: OnDrop = lambda count: None, **settings: Any
     ) -> PredictionLogWriter:
         log = PredictionLog(folder=folder, **({"share": 1.0} | settings))
-        made = PredictionLogWriter.of(log, worker, schema, on_drop)
+        made = PredictionLogWriter.of(log, worker, on_drop)
         assert made is not None
+        made.follow("m", "7", schema)
         return made
 
     return started
@@ -200,6 +201,44 @@ def test_fields_of_a_later_model_are_of_one_kind(start: Callable[..., Prediction
     assert pq.read_table(file)["spent"].to_pylist()[::3] == [2.5, None, 3.0, None, 0.5]
 
 
+def test_a_change_of_schema_begins_a_file_in_the_new_columns(
+    start: Callable[..., PredictionLogWriter], folder: Path
+) -> None:
+    """Answers of the old version that are on their way keep its columns; each file is prepared with its own model."""
+    other = SCHEMA.plain()
+    other["fields"] = [
+        {"name": "user", "type": "categorical"},
+        {"name": "tags", "type": "categorical", "encoder": "hash", "buckets": 50},  # was a list
+        {"name": "price", "type": "numeric", "encoder": "standard"},
+        {"name": "plan", "type": "categorical", "encoder": "hash", "buckets": 7},
+    ]
+    new = Schema.model_validate(other)
+    encoders = {"user": PIPELINE.fields[0].encoder, "tags": Hash(50), "price": Scale("standard", 0.0, 1.0)}
+    pipeline = FeaturePipeline.build(new.fields, {**encoders, "plan": Hash(7)})
+    rows = {"tags": ["a", None, "c"], "price": [1.0, 2.0, None], "plan": ["gold", None, "tin"]}
+    log = start()
+    log.offer(asked("old"))
+    log.follow("m", "8", new)
+    log.offer(asked("old, late"))
+    log.offer(asked("new", version="8", columns=rows))
+    log.offer(asked("of a shadow", version="9", role="shadow", columns=rows))
+    log.close()
+    files = sorted(folder.glob("*.parquet"))
+    assert [pq.read_table(file)["request_id"].unique().to_pylist() for file in files] == [
+        ["old", "old, late"], ["new", "of a shadow"],
+    ]  # fmt: skip
+    served = [
+        PIPELINE.encode({"user": ["ann"] * 3, **COLUMNS, "shown": [AT] * 3}),
+        pipeline.encode({"user": ["ann"] * 3, **rows}),
+    ]
+    for file, schema, fitted, encoded in zip(files, (SCHEMA, new), (PIPELINE, pipeline), served, strict=True):
+        logged = pq.read_table(file)
+        pq.write_table(logged.append_column("click", pa.array([1, 0, 0] * 2)), file)
+        prepare(schema, {"test": [str(file)]}, folder / file.stem, pipeline=fitted)
+        table = PreparedDataset.open(folder / file.stem).split("test")
+        assert table.select(fitted.names).to_pydict() == pa.concat_tables([encoded] * 2).to_pydict()
+
+
 def test_a_file_ends_by_time(start: Callable[..., PredictionLogWriter], folder: Path) -> None:
     log = start(file_seconds=0.05)
     log.offer(asked())
@@ -257,8 +296,9 @@ def test_only_sampled_and_scored_requests_are_logged(start: Callable[..., Predic
 
 def test_what_does_not_fit_is_dropped_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dropped: list[int] = []
-    log = PredictionLogWriter.of(PredictionLog(folder=folder, share=1.0), 0, SCHEMA, dropped.append)
+    log = PredictionLogWriter.of(PredictionLog(folder=folder, share=1.0), 0, dropped.append)
     assert log is not None
+    log.follow("m", "7", SCHEMA)
     gate = threading.Event()
     work = log._rows.of
     monkeypatch.setattr(type(log._rows), "of", lambda self, trace, at: (gate.wait(10), work(trace, at))[1])
@@ -270,16 +310,26 @@ def test_what_does_not_fit_is_dropped_and_counted(folder: Path, monkeypatch: pyt
     assert rows_of(folder).num_rows == 3 * (100 - sum(dropped))
 
 
+class Odd:
+    """What no column holds."""
+
+    def __repr__(self) -> str:
+        return "a-secret-value"
+
+
 def test_a_request_that_cannot_be_logged_costs_no_other(
-    start: Callable[..., PredictionLogWriter], folder: Path
+    start: Callable[..., PredictionLogWriter], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dropped: list[int] = []
     log = start(on_drop=dropped.append)
-    for trace in (asked("good"), asked("bad", context={"user": "ann", "odd": object()}), asked("good too")):
+    for trace in (asked("good"), asked("bad", context={"user": "ann", "odd": Odd()}), asked("good too")):
         log.offer(trace)
     log.close()
     assert rows_of(folder)["request_id"].unique().to_pylist() == ["good", "good too"]
     assert dropped == [1]
+    (told,) = caplog.messages
+    assert told.startswith("a request is not in the prediction log\n  File ")
+    assert "secret" not in told  # Arrow quotes what it cannot convert
 
 
 def test_a_full_disk_costs_rows_and_nothing_else(
@@ -309,5 +359,5 @@ def test_a_full_disk_costs_rows_and_nothing_else(
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"log\.folder .*file/log cannot be written to: Not a directory"):
-        PredictionLogWriter.of(PredictionLog(folder=tmp_path / "file" / "log"), 0, SCHEMA)
-    assert PredictionLogWriter.of(None, 0, SCHEMA) is None
+        PredictionLogWriter.of(PredictionLog(folder=tmp_path / "file" / "log"), 0)
+    assert PredictionLogWriter.of(None, 0) is None

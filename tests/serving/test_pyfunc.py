@@ -121,11 +121,16 @@ def test_frames_are_scored_one_by_one(bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.fixture
 def address(saved: Path, tmp_path: Path) -> Iterator[str]:
-    """`mlflow models serve` of the model."""
+    """`mlflow models serve` of the model's first version in a registry."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(store, store)
+    client.create_registered_model("ranker")
+    client.create_model_version("ranker", saved.as_uri())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(saved), "--env-manager", "local"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/ranker/1", "--env-manager", "local"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": store}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],

@@ -16,12 +16,12 @@ from features.schema import Schema
 from masknet.config import MaskNetConfig
 from masknet.model import MaskNet
 from serving.api.errors import ApiError
-from serving.api.parts import OneModel, Parts
 from serving.api.requests import parse_predict, parse_rank
-from serving.api.routes import create_app
+from serving.api.routes import Routes
 from serving.bundle import fields_of, load_bundle, tables_of, write_bundle
 from serving.members import Member
 from serving.ranking.engine import RankingEngine
+from tests.serving.parts import parts_of
 
 SCHEMA = Schema.model_validate(
     {
@@ -163,7 +163,7 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     path = tmp_path_factory.mktemp("dated") / "bundle"
     rest = {"schema": DATED, "pipeline": pipeline, "members": [Member(network, tables)], "sampling_rate": 1.0}
     write_bundle(path, name="dated", config=config, run_id=None, evaluate=lambda scorer: {}, **rest)
-    app = create_app(Parts(OneModel(RankingEngine(load_bundle(path), "1"))))
+    app = Routes(parts_of(RankingEngine(load_bundle(path), "1"))).app
     return TestClient(app)
 
 

@@ -1,19 +1,21 @@
 """The routes over a real engine: every answer's body and status, without a server around it."""
 
 import json
+import logging
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
 from features.dataset import PreparedDataset
-from serving.api.parts import OneModel, Parts
-from serving.api.routes import create_app
+from serving.api.routes import Routes
 from serving.bundle import Bundle
 from serving.ranking.engine import RankingEngine
 from serving.settings import ServeSettings
+from tests.serving.parts import parts_of
 
 CONTEXT = {"user_id": "13", "age": 47, "gender": "M", "occupation": "educator"}
 CANDIDATES: dict[str, list[Any]] = {
@@ -27,7 +29,7 @@ ROWS = [dict(zip(CANDIDATES, values, strict=True)) for values in zip(*CANDIDATES
 
 @pytest.fixture(scope="module")
 def client(bundle: Bundle) -> TestClient:
-    app = create_app(Parts(OneModel(RankingEngine(bundle, "7"))))
+    app = Routes(parts_of(RankingEngine(bundle, "7"))).app
     return TestClient(app)
 
 
@@ -190,16 +192,28 @@ def test_unknown_paths_and_methods_have_the_same_body(client: TestClient) -> Non
     assert answer.json()["error"]["code"] == "method_not_allowed"
 
 
-def test_a_failure_inside_is_500_without_details(bundle: Bundle) -> None:
+def test_a_failure_inside_is_500_without_details(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    path, value = "/".join(["secret", "path"]), "-".join(["secret", "value"])  # not as they stand in code
+
     class Broken(RankingEngine):
         def rank(self, *_: Any) -> Any:
-            raise RuntimeError("secret path /etc/models")
+            try:
+                pa.array([value]).cast(pa.int8())  # Arrow quotes it
+            except pa.ArrowInvalid as error:
+                raise RuntimeError(path) from error
 
-    app = create_app(Parts(OneModel(Broken(bundle, "1"))))
-    answer = TestClient(app).post("/rank", json={"context": CONTEXT, "candidates": CANDIDATES})
-    assert answer.status_code == 500
-    assert answer.json()["error"]["code"] == "internal"
-    assert "secret" not in answer.text
+    for settings in (ServeSettings(), ServeSettings(log_requests=True)):
+        caplog.clear()
+        app = Routes(parts_of(Broken(bundle, "1"), settings)).app
+        answer = TestClient(app).post("/rank", json={"context": CONTEXT, "candidates": CANDIDATES})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal"
+        assert "secret" not in answer.text
+        (told,) = (record for record in caplog.records if record.levelname == "ERROR")
+        text = logging.Formatter().format(told)
+        assert text.startswith("request : /rank failed\n")
+        assert all(word in text for word in ("in rank\n", "RuntimeError", "ArrowInvalid", "test_routes.py"))
+        assert (value in text) == (path in text) == settings.log_requests
 
 
 def test_documented_examples_are_answered(client: TestClient) -> None:
@@ -217,7 +231,7 @@ def test_what_is_fetched_where_left_out_is_documented(bundle: Bundle) -> None:
 
     store = {"kind": "parquet", "url": "users.parquet", "key": "user_id", "fields": ["age", "gender"]}
     settings = ServeSettings.model_validate({"store": store})
-    app = create_app(Parts(OneModel(RankingEngine(bundle, "1")), settings, filler=Empty()))
+    app = Routes(parts_of(RankingEngine(bundle, "1"), settings, filler=Empty())).app
     paths = TestClient(app).get("/docs.json").json()["paths"]
     for path in ("/rank", "/predict"):
         body = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -4,7 +4,8 @@ import fcntl
 import gzip
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from features import units
 from features.engines import LocalEngine
 from features.errors import InputError
-from features.files import hash_tree
+from features.files import alone, hash_tree
 from serving.bundle import Bundle
 from serving.scoring import files
 from serving.scoring.files import Scored, score_files
@@ -290,6 +291,29 @@ def test_two_do_not_write_the_same_folder(bundle: Bundle, rows: Path, tmp_path: 
         with pytest.raises(InputError, match="is in use by another masknet score"):
             score_files(bundle, [str(rows)], tmp_path / "out", resume=True)
     assert score_files(bundle, [str(rows)], tmp_path / "out", resume=True).bad_rows == 0
+
+
+def test_who_has_waited_for_the_one_that_finished_is_told_at_once(
+    bundle: Bundle, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look at the output and the lock another process ends: nothing is scored, and nothing left."""
+    out, seen = tmp_path / "out", list[int]()
+
+    @contextmanager
+    def late(work: Path, command: str) -> Iterator[None]:
+        monkeypatch.setattr(files, "alone", alone)
+        score_files(bundle, [str(rows)], out)
+        with alone(work, command):
+            yield
+
+    monkeypatch.setattr(files, "alone", late)
+    with pytest.raises(InputError, match=r"out exists already; remove it or choose another folder"):
+        score_files(
+            bundle, [str(rows)], out, progress=lambda stage, done, total: seen.append(done) if out.exists() else None
+        )
+    assert seen == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "rows.csv"]
+    assert (out / files.DONE).exists()
 
 
 def test_threads_give_the_bits_of_one(bundle: Bundle, rows: Path, tmp_path: Path) -> None:

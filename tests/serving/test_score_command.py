@@ -18,6 +18,7 @@ import pytest
 
 from features.files import hash_tree
 from serving.bundle import Bundle, load_bundle
+from tests.serving.every_kind import CONTEXT, PLAIN, in_rows, write_every_kind
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS, UNIT_BYTES = 60_000, 8_000  # some seventy units
@@ -155,3 +156,18 @@ def test_memory_does_not_follow_the_rows(bundle: Bundle, tmp_path: Path) -> None
             sum(pq.read_metadata(p).num_rows for p in (tmp_path / f"out-{copies}").glob("part-*")) == 280_000 * copies
         )
     assert peaks[1] - peaks[0] < 500_000, peaks  # KiB; the larger file's rows alone take 900,000 as columns and scores
+
+
+def test_a_number_too_large_to_be_scored_ends_it_or_is_set_aside(tmp_path: Path) -> None:
+    bundle = load_bundle(write_every_kind(tmp_path / "bundle"))
+    frame = pd.DataFrame([row | CONTEXT | {"seen": pd.Timestamp("2024-05-05")} for row in in_rows(PLAIN)] * 10)
+    frame.loc[7, "price"] = 1e30
+    frame.to_parquet(tmp_path / "rows.parquet")
+    log = finish(start(bundle, tmp_path / "rows.parquet", tmp_path / "out"), 2)[1]
+    (told,) = (line for line in log.splitlines() if "bad" in line)
+    assert told.endswith("1 rows like " + str(tmp_path / "rows.parquet") + ":8 its values are too large to be scored")
+    assert "Traceback" not in log
+    again = start(bundle, tmp_path / "rows.parquet", tmp_path / "out", "--max-bad-rows", "0.5", "--resume")
+    assert "29 rows; 1 set aside" in "".join(finish(again))
+    expected = bundle.scorer.score(frame.drop(index=7))
+    np.testing.assert_allclose(pq.read_table(tmp_path / "out")["score"].to_numpy(), expected, rtol=0, atol=1e-7)

@@ -19,7 +19,7 @@ from features.schema import Schema
 from serving.settings import Store
 from serving.store.base import StoreDown
 from serving.store.breaker import Breaker
-from serving.store.fill import Filler
+from serving.store.fill import ChampionFiller, Filler
 from serving.store.parquet_store import ParquetStore
 from tests.serving.redis_server import Redis
 
@@ -133,6 +133,68 @@ def test_settings_that_cannot_be(key: str, fields: list[str], told: str, tmp_pat
         Filler.of(Store(kind="parquet", url=str(tmp_path / "f.parquet"), key=key, fields=tuple(fields)), SCHEMA)
 
 
+def changed(**fields: dict[str, Any]) -> Schema:
+    """The schema with other fields in the place of those of these names."""
+    plain = SCHEMA.plain() | {"context": ["user"]}
+    plain["fields"] = [fields.get(field["name"], field) for field in plain["fields"]]
+    return Schema.model_validate(plain)
+
+
+def test_after_a_change_of_schema_values_are_those_of_its_fields(tmp_path: Path) -> None:
+    path = tmp_path / "users.parquet"
+    pd.DataFrame({"user": [7, 8], "age": [31, 40], "tags": ["a|b", "c"]}).to_parquet(path)
+    settings = Store(kind="parquet", url=str(path), key="user", fields=("age", "tags"))
+    filler = ChampionFiller(settings)
+    filler.follow(SCHEMA)
+    context: dict[str, Any] = {"user": "7"}
+    filler.fill(context, {})
+    assert context == {"user": "7", "age": 31.0, "tags": ["a", "b"]}
+    text = {"type": "categorical", "encoder": "hash", "buckets": 9}
+    filler.follow(changed(age={"name": "age", **text}, tags={"name": "tags", **text}))
+    context = {"user": "7"}
+    filler.fill(context, {})
+    assert context == {"user": "7", "age": "31", "tags": "a|b"}
+    with pytest.raises(InputError, match=r"store\.key: 'user' is no categorical field"):
+        filler.follow(changed(user={"name": "user", "type": "numeric"}))
+    shown = {"name": "age", "type": "date", "from": "at", "part": "weekday"}
+    with pytest.raises(InputError, match=r"store\.fields: 'age' is no field that clients send"):
+        filler.follow(changed(age=shown))
+    context = {"user": "8"}
+    filler.fill(context, {})
+    assert context == {"user": "8", "age": "40", "tags": "c"}, "who does not suit the settings changes nothing"
+
+
+def test_a_file_is_read_once_for_schemas_that_read_it_alike(table: Path) -> None:
+    settings = Store(kind="parquet", url=str(table), key="user", fields=("age",))
+    filler = ChampionFiller(settings)
+    filler.follow(SCHEMA)
+    table.unlink()
+    filler.follow(changed(brand={"name": "brand", "type": "numeric"}))
+    context: dict[str, Any] = {"user": "41"}
+    filler.fill(context, {})
+    assert context == {"user": "41", "age": 41.0}
+
+
+def test_redis_is_asked_by_the_same_connections_after_a_change_of_schema(server: Redis, table: Path) -> None:
+    import redis
+
+    client = redis.Redis.from_url(server.url)
+    client.set("u:7", b'{"age": 31, "tags": "a|b"}')
+    settings = Store(kind="redis", url=server.url, key="user", fields=("age", "tags"), prefix="u:", timeout_ms=500.0)
+    filler = ChampionFiller(settings)
+    text = {"type": "categorical", "encoder": "hash", "buckets": 9}
+    found = []
+    for schema in (SCHEMA, changed(age={"name": "age", **text}, tags={"name": "tags", **text})):
+        filler.follow(schema)
+        context: dict[str, Any] = {"user": "7"}
+        filler.fill(context, {})
+        found.append(context)
+    assert found == [{"user": "7", "age": 31.0, "tags": ["a", "b"]}, {"user": "7", "age": "31", "tags": "a|b"}]
+    assert len(client.client_list()) == 2, "the test's own, and one"
+    client.close()
+    filler.close()
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     """A thousand users; the first again at the end, and a row without key; ages as text, one of them none."""
@@ -149,11 +211,15 @@ def test_a_parquet_file_is_found_by_key(table: Path, caplog: pytest.LogCaptureFi
     assert len(store) == 1001
     keys = ["0", "41", "999", "1000", "nobody", "998"]
     found = store.fetch(keys)
-    assert found[0] == {"age": 0.0, "tags": ["t0", "x"]}
+    assert found[0] == {"age": 99.0, "tags": ["t2", "x"]}  # the last of two rows
     assert found[1] == {"age": 41.0, "tags": ["t2", "x"]}
     assert found[2] == {"age": None, "tags": ["t0", "x"]}
     assert list(found[3:5]) == [None, None]
     assert found[5] == {"age": 8.0, "tags": ["t2", "x"]}
+    twice = pd.DataFrame({"user": ["a", "b", "a", "b", "a"], "age": [1, 2, 3, 4, None]})
+    twice.to_parquet(table.with_name("twice.parquet"))
+    last = ParquetStore(table.with_name("twice.parquet"), SCHEMA, "user", ["age"]).fetch(["a", "b"])
+    assert last == [{"age": None}, {"age": 4.0}], "the last row of a key counts, whatever it holds"
     assert "1 values are none of their fields' and count as missing" in caplog.text
     context: dict[str, Any] = {"user": "41"}
     settings = Store(kind="parquet", url=str(table), key="user", fields=("age", "tags"))

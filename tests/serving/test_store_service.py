@@ -92,3 +92,18 @@ def test_rows_are_completed_each_by_its_key(
         answers.append(answer.json()["scores"])
     assert answers[0] == answers[1]
     assert len(set(answers[0])) > 100
+
+
+def test_a_file_in_memory_completes_too(
+    bundle_path: Path, raw_rows: Path, asked: tuple[dict[str, Any], dict[str, list[Any]]], tmp_path: Path
+) -> None:
+    user, films = asked
+    keys = {"kind": "parquet", "url": str(raw_rows), "key": "user_id", "fields": FETCHED}
+    (tmp_path / "serve.yaml").write_text(json.dumps({"store": keys, "limits": {"drain_seconds": 0}}))
+    with Service(tmp_path, str(bundle_path), "--config", "serve.yaml") as service:
+        whole = ranked(service, user, films)
+        assert ranked(service, {"user_id": user["user_id"]}, films) == whole
+        nobody: dict[str, Any] = {"user_id": "nobody"}
+        missing = ranked(service, nobody | dict.fromkeys(FETCHED), films)
+        assert ranked(service, nobody, films) == missing != whole
+        service.wait_for(lambda: service.metric("masknet_store_missed_total") == 1)

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import httpx
 import mlflow
 import numpy as np
 import psutil
+import pyarrow.parquet
 import pytest
 
 from serving.bundle import Bundle
 from serving.calibration import Calibration
+from serving.client_bodies import Call, Ranking, Scores, predict_call, rank_call
 from tests.mlflow_server import Server
 from tests.serving import test_managed_bundle
 from tests.serving.conftest import ITEMS, Make
@@ -81,6 +84,28 @@ def require_same(reply: dict[str, Any], expected: list[tuple[int, float]]) -> No
     assert scores == sorted(scores, reverse=True)
 
 
+def in_json(user: str) -> Call:
+    return rank_call("json", {"user": user}, {"item": CANDIDATES}, ITEMS, None, None)
+
+
+def in_arrow(user: str) -> Call:
+    return rank_call("arrow", {"user": user}, {"item": CANDIDATES}, ITEMS, None, None)
+
+
+def as_rows(user: str) -> Call:
+    return predict_call("json", {"user": [user] * ITEMS, "item": CANDIDATES}, None)
+
+
+def reply_of(answer: httpx.Response) -> dict[str, Any]:
+    """A ranking, however it was asked for; scores of rows put in order."""
+    if answer.request.url.path == "/predict":
+        scores = Scores.of(answer)
+        pairs = sorted(enumerate(scores.scores), key=lambda pair: -pair[1])
+        return {"model": vars(scores.model), "items": [{"index": index, "score": score} for index, score in pairs]}
+    ranking = Ranking.of(answer)
+    return {"model": vars(ranking.model), "items": [vars(item) for item in ranking.items]}
+
+
 class Load:
     """Clients that ask as fast as they can."""
 
@@ -88,13 +113,18 @@ class Load:
         self._uri, self._stop = service.uri, threading.Event()
         self.answers = list[tuple[str, httpx.Response]]()
         self.errors = list[Exception]()
-        self._threads = [threading.Thread(target=self._ask, args=(("ann", "bob")[n % 2],)) for n in range(clients)]
+        asked = [(user, call) for call in (in_json, in_arrow, as_rows) for user in ("ann", "bob")]
+        self._threads = [threading.Thread(target=self._ask, args=asked[n % len(asked)]) for n in range(clients)]
 
-    def _ask(self, user: str) -> None:
+    def _ask(self, user: str, call: Callable[[str], Call]) -> None:
+        asked = call(user)
         while not self._stop.is_set():
             try:
-                with httpx.Client(timeout=30) as client:  # a connection each time reaches every worker
-                    self.answers += [(user, client.post(f"{self._uri}/rank", json=body(user))) for _ in range(5)]
+                # a connection each time reaches every worker
+                with httpx.Client(base_url=self._uri, timeout=30) as client:
+                    for _ in range(5):
+                        answer = client.post(asked.path, content=asked.body, headers=asked.headers)
+                        self.answers.append((user, answer))
             except httpx.HTTPError as error:
                 self.errors.append(error)
 
@@ -114,7 +144,7 @@ class Load:
         def settled() -> bool:
             last = self.answers[-100:]
             return len(last) == 100 and all(
-                answer.status_code == 200 and answer.json()["model"]["version"] == version for _, answer in last
+                answer.status_code == 200 and reply_of(answer)["model"]["version"] == version for _, answer in last
             )
 
         service.wait_for(settled)
@@ -126,8 +156,9 @@ def test_under_load_no_request_fails_and_none_gets_a_mix(registry: Registry, mak
         assert registry.add(bundle.path) == version
     registry.promote("1")
     words = (registry.champion, "--workers", "2", *FAST, "--set", "limits.deadline_ms=30000")
+    words += ("--set", f"log.folder={registry.home}/log", "--set", "log.share=1.0")
     with Service(registry.home, *words, MLFLOW_TRACKING_URI=registry.store) as service:
-        with Load(service, 4) as load:
+        with Load(service, 6) as load:
             for version in ("1", "2", "1", "2"):
                 registry.promote(version)
                 load.wait_for(service, version)
@@ -138,10 +169,17 @@ def test_under_load_no_request_fails_and_none_gets_a_mix(registry: Registry, mak
     expected = {(v, user): items_of(bundle, user) for v, bundle in bundles.items() for user in ("ann", "bob")}
     counts = dict.fromkeys(bundles, 0)
     for user, answer in load.answers:
-        reply = answer.json()
+        reply = reply_of(answer)
         counts[reply["model"]["version"]] += 1
         require_same(reply, expected[reply["model"]["version"], user])
     assert min(counts.values()) >= 100
+    asked = Counter(answer.request.url.path for _, answer in load.answers)
+    assert min(asked["/rank"], asked["/predict"]) >= 100
+    logged = pyarrow.parquet.read_table(registry.home / "log", columns=["request_id", "version"])
+    seen = {answer.headers["x-request-id"]: reply_of(answer)["model"]["version"] for _, answer in load.answers}
+    told = dict(zip(logged["request_id"].to_pylist(), logged["version"].to_pylist(), strict=True))
+    assert len(told) >= 100
+    assert told == {request_id: seen[request_id] for request_id in told}
 
 
 def kill_worker(service: Service) -> None:
@@ -214,7 +252,7 @@ def test_mlflow_may_be_away(server: Server, make: Make, tmp_path: Path) -> None:
         require_same(service.rank(body("ann")), items_of(one, "ann"))
         assert httpx.get(f"{service.uri}/readyz").status_code == 200
     with Service(tmp_path, champion, *words, MLFLOW_TRACKING_URI=server.uri) as service:
-        assert service.life() == {"version": "1", "source": "cache", "refused": None}
+        assert service.life() == {"version": "1", "source": "cache", "refused": None, "postponed": None}
         assert f"{champion} is served from the cache, as models:/small/1" in service.told()
         require_same(service.rank(body("ann")), items_of(one, "ann"))
         server.start()
@@ -273,3 +311,8 @@ def test_managed_ids_are_served(tmp_path: Path, managed_bundle: Bundle) -> None:
     with Service(tmp_path, str(managed_bundle.path), *FAST) as service:
         scores = httpx.post(f"{service.uri}/predict", json={"rows": rows}).json()["scores"]
         np.testing.assert_allclose(scores, managed_bundle.scorer.score(rows), rtol=0, atol=2e-6)
+        candidates = {name: values for name, values in rows.items() if name != "user"}
+        for user in test_managed_bundle.USERS:  # known ones, a never-seen one, and none
+            ranked = service.rank({"context": {"user": user}, "candidates": candidates})
+            expected_N = managed_bundle.scorer.score({**rows, "user": [user] * len(rows["user"])})
+            require_same(ranked, list(enumerate(expected_N.tolist())))
