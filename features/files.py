@@ -100,13 +100,13 @@ def alone(folder: Path, command: str) -> Iterator[None]:
     Raises:
         InputError: another process, which runs `command`, works in it, or it cannot be written.
     """
-    for _ in range(_TRIES):
+    for tries_left in reversed(range(_TRIES)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / "lock").open("w")
         except OSError as error:
-            if isinstance(error, (FileNotFoundError, FileExistsError)) and not folder.is_file():
-                continue  # it was removed just now
+            if isinstance(error, (FileNotFoundError, FileExistsError)) and tries_left:
+                continue  # it was removed just now, or else a file or a link to nothing is in its place
             raise InputError(f"{folder} cannot be written: {error.strerror}") from None
         with lock:
             try:
@@ -130,6 +130,7 @@ def is_at(file: int, path: Path) -> bool:
 def remove_folder(folder: Path) -> None:
     """Remove a folder, at once for those who look at it and not file by file."""
     aside = folder.with_name(f".{folder.name.lstrip('.')}.removed-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process with this number: in containers most have the same
     with suppress(FileNotFoundError):
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)

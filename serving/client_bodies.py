@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -120,7 +120,8 @@ def rank_call(
 ) -> Call:
     """A request of /rank; ValueError for infinity. NaN is a missing value, in both forms."""
     for name, value in context.items():
-        _require_finite(value, f"context.{name}")
+        if _is_infinite(value):
+            raise _infinite(f"context.{name}")
     rest: dict[str, Any] = {"context": dict(context), "top_k": top_k}
     if time is not None:
         rest["time"] = time
@@ -146,15 +147,21 @@ def _plain(rows: "Rows", place: str) -> Any:
         return _table(rows, place).to_pydict()
     for name in rows if isinstance(rows, Mapping) else dict.fromkeys(chain.from_iterable(rows)):
         values = rows[name] if isinstance(rows, Mapping) else [row.get(name) for row in rows]
-        for row, value in enumerate(values):
-            _require_finite(value, f"{place}.{name}[{row}]")
+        first = next((row for row, value in enumerate(values) if _is_infinite(value)), None)
+        if first is not None:
+            raise _infinite(f"{place}.{name}[{first}]")
     return rows
 
 
-def _require_finite(value: Any, location: str) -> None:
-    """ValueError for infinity of Python's or numpy's floats."""
-    if isinstance(value, Real) and not isinstance(value, Integral) and math.isinf(value):
-        raise ValueError(f"{location} is infinite, which no field takes")
+def _is_infinite(value: Any) -> bool:
+    """Of Python's or numpy's floats. Most values are text or numbers of Python's, which are told apart in no time."""
+    if isinstance(value, (str, int)):
+        return False
+    return isinstance(value, (float, Real)) and math.isinf(value)
+
+
+def _infinite(location: str) -> ValueError:
+    return ValueError(f"{location} is infinite, which no field takes")
 
 
 def _stream(rows: "Rows", place: str, rest: dict[str, Any]) -> bytes:
@@ -181,7 +188,7 @@ def _table(rows: "Rows", place: str) -> "pa.Table":
             column = table[name]
             first = pc.index(pc.is_inf(column), True).as_py()
             if first >= 0:
-                _require_finite(column[first].as_py(), f"{place}.{name}[{first}]")
+                raise _infinite(f"{place}.{name}[{first}]")
             table = table.set_column(number, name, pc.if_else(pc.is_nan(column), None, column))
     return table
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from features.dataset import LABEL, PreparedDataset
 from features.errors import InputError
-from features.files import folder_written_whole
+from features.files import folder_written_whole, require_absent
 from serving.backends.check import check_backends
 from serving.backends.record import BACKENDS_FILE, FOLDER, Backends, Device
 from serving.bundle import Bundle, load_bundle
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ServingConfig().check_rows, help="that are scored, at most")
     given = parser.parse_args()
     try:
+        require_absent(given.out)  # the check takes minutes
         bundle, dataset = load_bundle(locate(given.model).path), PreparedDataset.open(given.data)
         dataset.require_pipeline(bundle.pipeline.digest, given.model)
         found = checked(ServingConfig(check_rows=given.rows), bundle.scorer, dataset, tell=print)

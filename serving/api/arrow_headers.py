@@ -10,7 +10,7 @@ from struct import Struct
 from serving.api.columns import require_at_most
 from serving.api.errors import ApiError
 
-_TABLE = 512  # bytes that Arrow makes of a field, or of a pair of metadata, beside their text
+_TABLE = 512  # bytes that Arrow makes of a field, of a pair of metadata or of a message, beside their text
 # Parts of tables in Arrow's format/Message.fbs and Schema.fbs: Message, RecordBatch, DictionaryBatch, Schema, Field.
 _KIND, _HEADER, _BODY_LENGTH, _MESSAGE_PAIRS = 1, 2, 3, 4
 _LENGTH, _COMPRESSION = 0, 3
@@ -38,6 +38,8 @@ def require_small(body: bytes, place: str, rows: int, size: int) -> None:
         message = buffer.root()
         kind, header = buffer.byte(message, _KIND), buffer.table(message, _HEADER)
         room.take_pairs(buffer, message, _MESSAGE_PAIRS)
+        if kind != _BATCH:  # which are counted; a megabyte could be 60,000 of the others, each to be looked at
+            room.take(_TABLE)
         if kind == _SCHEMA:
             room.take_pairs(buffer, header, _SCHEMA_PAIRS)
             room.take_fields(buffer, header)

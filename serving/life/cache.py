@@ -77,8 +77,7 @@ class ModelCache:
         target = self.path(found)
         with self._alone(found.name):
             if target.is_dir():
-                with suppress(OSError):  # of a cache that may only be read
-                    os.utime(target)
+                _touch(target)
             else:
                 # Copying and hashing gigabytes gives way to requests.
                 with ThreadPoolExecutor(1, initializer=lower_priority) as aside:
@@ -90,12 +89,14 @@ class ModelCache:
     @contextmanager
     def reading(self, found: Registered) -> Iterator[Path]:
         """A version's bundle, as by `get`, that nobody replaces or removes for the length of the block."""
+        path = self.path(found)
         while True:
-            path = self.get(found)
-            with self._alone(found.name, fcntl.LOCK_SH):
-                if path.is_dir():  # and was not removed between the two locks
+            with self._alone(found.name, fcntl.LOCK_SH):  # first: `get` waits for all who read, as long as they load
+                if path.is_dir():
+                    _touch(path)
                     yield path
                     return
+            self.get(found)  # which may be removed again before it is locked
 
     def is_damaged(self, found: Registered) -> bool:
         """Whether there is a copy that is not as its digests say."""
@@ -128,8 +129,7 @@ class ModelCache:
         found = _read(memory)
         if found is None or not self.path(found).is_dir():
             return None
-        with suppress(OSError):
-            os.utime(memory)
+        _touch(memory)
         return found
 
     def _fill(self, found: Registered, target: Path) -> None:
@@ -173,6 +173,12 @@ class ModelCache:
 
     def _memory(self, model: str) -> Path:
         return self.folder / f"@{_file_name(model)}.json"
+
+
+def _touch(path: Path) -> None:
+    """It is used; where the time of that cannot be written, as in another user's cache, it counts as older."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def _read(memory: Path) -> Registered | None:

@@ -67,8 +67,13 @@ class Followed:
 
     @property
     def is_settled(self) -> bool:
-        """Whether there is nothing to look for: a folder, or a fixed version that MLflow has confirmed."""
-        return self._found is None or (self.source == "registry" and not is_alias(self.model))
+        """Whether there is nothing to look for: a folder, or a fixed version that MLflow has confirmed.
+
+        One that is to be tried again, since its copy in the cache was that of a registry before, is not yet.
+        """
+        if self._found is None:
+            return True
+        return self.source == "registry" and not is_alias(self.model) and self._postponed is None
 
     def about(self) -> dict[str, Any]:
         """For people: which version, from where, and which one was refused, or is tried again, and why."""

@@ -3,6 +3,7 @@
 The mark is a shared lock on the folder itself, which its process drops when it ends, however it ends.
 """
 
+import errno
 import fcntl
 import os
 import weakref
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from features.files import is_at, remove_folder
 
+_TRIES = 100  # to mark a folder that others make and remove
+
 
 def use_folder(folder: Path, by: object) -> None:
     """Mark a folder, which is made where it is missing, as used for as long as `by` lives.
@@ -19,13 +22,13 @@ def use_folder(folder: Path, by: object) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    while True:
+    for tries_left in reversed(range(_TRIES)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, FileExistsError):
-            if folder.is_file():
-                raise
+            if not tries_left:
+                raise  # a file is in its place, or a link that leads nowhere
             continue  # it was removed just now
         with suppress(OSError):  # of a file system without such locks, where nobody can remove it either
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -33,6 +36,7 @@ def use_folder(folder: Path, by: object) -> None:
             weakref.finalize(by, os.close, file)
             return
         os.close(file)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:

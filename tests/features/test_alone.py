@@ -1,6 +1,7 @@
 """A folder that one process at a time works in, and may remove."""
 
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_a_folder_that_is_always_removed_is_told(tmp_path: Path, monkeypatch: py
         alone(tmp_path / "work", "masknet score"),
     ):
         raise AssertionError("never alone")
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "work").symlink_to(tmp_path / "away" / "work")
+    with pytest.raises(InputError, match="work cannot be written: File exists"), alone(tmp_path / "work", "masknet"):
+        raise AssertionError("there is nothing to work in")
+
+
+def test_what_a_killed_process_has_not_removed_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / f".work.removed-{os.getpid()}"
+    for folder in (left, tmp_path / "work"):
+        folder.mkdir()
+        (folder / "part").write_text("")
+    remove_folder(tmp_path / "work")
+    assert list(tmp_path.iterdir()) == []
 
 
 WORKER = """

@@ -226,6 +226,14 @@ def test_a_header_of_one_thing_many_times_is_refused(bomb: Callable[[Builder, in
     assert error.value.code != "body_too_large"
 
 
+def test_messages_that_hold_nothing_are_not_looked_at_without_end() -> None:
+    nothing = struct.pack("<iIHHi", 12, 8, 4, 4, 4)  # a flatbuffer with an empty table, behind its length
+    require_small(nothing * 100, "rows", 5000, 100 * 512)
+    with pytest.raises(ApiError) as error:
+        require_small(nothing * 100, "rows", 5000, 100 * 512 - 1)
+    assert (error.value.status, error.value.code) == (413, "body_too_large")
+
+
 def test_columns_of_the_same_bytes_count_each() -> None:
     """A batch whose second column points to the offsets and the text of the first."""
     columns = {"slot": pa.array(["3" * 18] * 100), "tags": pa.array(["333"] * 100)}

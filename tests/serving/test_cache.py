@@ -206,6 +206,25 @@ def test_the_registries_used_last_are_kept(store: Store, tmp_path: Path) -> None
     }  # fmt: skip
 
 
+def test_several_read_at_the_same_time(cache: ModelCache, store: Store) -> None:
+    """Workers that load a version do not wait for each other, however long it takes."""
+    cache.get(version(1))
+    met = threading.Barrier(3)
+
+    def read() -> None:
+        with ModelCache(cache.folder.parent, STORE, store).reading(version(1)):
+            met.wait(10)
+
+    others = [threading.Thread(target=read) for _ in range(2)]
+    with cache.reading(version(1)):
+        for other in others:
+            other.start()
+        met.wait(10)
+    for other in others:
+        other.join(10)
+    assert store.asked == ["1"]
+
+
 def test_nobody_replaces_what_is_read(cache: ModelCache, store: Store) -> None:
     """A damaged copy is removed once those who read it are done, and one made anew meanwhile is not."""
     (cache.get(version(1)) / "golden.json").write_text("{}")
@@ -303,3 +322,10 @@ def test_a_folder_that_cannot_be_made_is_told(store: Store, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cache .*file/cache cannot be made: Not a directory"):
         ModelCache(tmp_path / "file" / "cache", STORE, store)
+
+
+def test_a_link_that_leads_nowhere_is_told(store: Store, tmp_path: Path) -> None:
+    """As where the disk that it leads to is not there; whoever waits for it to be removed waits for ever."""
+    (tmp_path / "cache").symlink_to(tmp_path / "away" / "cache")
+    with pytest.raises(InputError, match=r"cache .*cache cannot be made: File exists"):
+        ModelCache(tmp_path / "cache", STORE, store)

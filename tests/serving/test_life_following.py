@@ -448,6 +448,24 @@ def test_a_fixed_version_is_not_followed_once_mlflow_has_confirmed_it(registry: 
     assert registry.looks == before
 
 
+def test_a_fixed_version_that_was_made_anew_is_followed_until_it_is_here(
+    registry: Registry, opener: Opener, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, model = [0.0], "models:/small/1"
+    Followed("champion", model, opener, False, None)
+    followed = Followed("champion", model, opener, False, None, clock=lambda: now[0])
+    assert followed.source == "cache"
+    registry.add("2", make("two", 2).path)
+    registry.aliases["1"] = "2"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", unreadable(errno.ENOSPC))
+        assert not followed.look()
+    assert (followed.is_settled, followed.about()["postponed"]["version"]) == (False, "2")
+    now[0] = 15.0
+    assert followed.look()
+    assert (followed.is_settled, followed.engine.version) == (True, "2")
+
+
 def test_a_folder_is_not_followed(registry: Registry, opener: Opener) -> None:
     path = registry.bundles["1"]
     followed = Followed("champion", str(path), opener, False, None)
