@@ -15,7 +15,7 @@ Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Backend(Protocol):
     """One member's network on one device."""
 
-    name: str  # fp32, int8 or bf16
+    name: str  # fp32, int8, mixed or bf16
     bound: float  # the largest difference in probability from the reference scorer that was seen; 0 for fp32
 
     def logits(self, context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:

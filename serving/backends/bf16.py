@@ -12,7 +12,7 @@ from torch import nn
 from masknet.folding import ServingNetwork
 from masknet.folding.blocks import FirstLayers
 from masknet.folding.packed import Activation, PackedLinear
-from serving.backends.layers import ContextApart, Widened, with_layers
+from serving.backends.layers import ContextApart, ContextBias, Part, Widened, with_layers
 
 
 def runs_here() -> bool:
@@ -80,20 +80,31 @@ def _replaced(name: str, layer: PackedLinear) -> nn.Module:
 def _first_layers(network: ServingNetwork) -> ContextApart:
     first = network.first
     assert isinstance(first, FirstLayers)
+    context_bias, parts = first_parts(first, torch.ones(sum(first.sizes)), "relu")
+    return ContextApart(context_bias, parts, first.sizes, torch.Tensor.bfloat16)
+
+
+def first_parts(first: FirstLayers, factor_T: torch.Tensor, activation: Activation) -> tuple[ContextBias, list[Part]]:
+    """What a `ContextApart` is made of, in bf16.
+
+    Args:
+        first: in fp32.
+        factor_T: positive, what units are multiplied by.
+        activation: of the units.
+    """
+    assert first.whole.bias is not None
+    weight_TD, bias_T = first.whole.weight * factor_T.unsqueeze(1), first.whole.bias * factor_T
     width = first.context.weight.shape[1]
-    bias_T = first.whole.bias
-    assert bias_T is not None
-    context = HalfLinear(first.whole.weight[:, :width], bias_T) if width else None
-    layers = [HalfLinear(part, None) for part in torch.split(first.whole.weight[:, width:], first.sizes)]
-    parts = [partial(_part, layer) for layer in layers]
-    return ContextApart(partial(_context_bias, context, bias_T.bfloat16()), parts, first.sizes, lambda x_NR: x_NR)
+    context = HalfLinear(weight_TD[:, :width], bias_T) if width else None
+    layers = [HalfLinear(part, None) for part in torch.split(weight_TD[:, width:], first.sizes)]
+    return partial(_context_bias, context, bias_T.bfloat16()), [partial(_part, layer, activation) for layer in layers]
 
 
 def _context_bias(layer: HalfLinear | None, bias_T: torch.Tensor, context_1C: torch.Tensor) -> torch.Tensor:
-    bias: torch.Tensor = bias_T if layer is None else layer(context_1C)[0]
+    bias: torch.Tensor = bias_T if layer is None else layer(context_1C.bfloat16())[0]
     return bias
 
 
-def _part(layer: HalfLinear, x_NR: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = layer(x_NR, "relu", bias=bias)
+def _part(layer: HalfLinear, activation: Activation, x_NR: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = layer(x_NR, activation, bias=bias)
     return out

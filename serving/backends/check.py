@@ -52,7 +52,7 @@ def check_backends(
         encoded: rows in its pipeline's encoding, at least two.
         label_N: theirs, 0 or 1.
         split: what the rows are called.
-        most_rows: how many are scored, at most; others, a quarter of all at most, give the bounds of int8's layers.
+        most_rows: how many are scored, at most; others, a quarter of all at most, give the bounds of layers in int8.
         seed: of the draw.
         devices: on which; by default those that this machine has.
     """
@@ -67,14 +67,14 @@ def check_backends(
         verdicts: dict[Fast, Verdict] = {name: trial.verdict(name, device, ranges) for name in FASTEST_FIRST[device]}
         facts = {"split": split, "rows": len(rows), "range_rows": few, "versions": versions(device)}
         records[device] = Record.model_validate({**facts, "backends": verdicts})
-    int8 = records["cpu"].backends["int8"].passed if "cpu" in records else False
-    return Backends(records, tuple(ranges) if int8 else ())
+    reads_bytes = "cpu" in records and records["cpu"].reads_bytes
+    return Backends(records, tuple(ranges) if reads_bytes else ())
 
 
 def _ranges(scorer: Scorer, networks: Sequence[ServingNetwork], encoded: pa.Table) -> list[Ranges]:
     observers = [Observer(network) for network in networks]
     scorer.with_networks(observers).uncalibrated(encoded)
-    return [observer.ranges for observer in observers]
+    return [observer.ranges() for observer in observers]
 
 
 class _Kept:

@@ -15,7 +15,7 @@ from serving.backends.ranges import Ranges
 from serving.backends.record import Device, Fast
 
 # of a CPU: tests/benchmarks/results/backends.json
-FASTEST_FIRST: Mapping[Device, tuple[Fast, ...]] = {"cpu": ("int8", "bf16"), "cuda": ("bf16",)}
+FASTEST_FIRST: Mapping[Device, tuple[Fast, ...]] = {"cpu": ("int8", "mixed", "bf16"), "cuda": ("bf16",)}
 
 
 def at_hand() -> tuple[Device, ...]:
@@ -27,17 +27,17 @@ def lacking(name: Fast, device: Device = "cpu") -> str | None:
     """What this machine lacks for a backend; None if nothing."""
     if device == "cuda":
         return None if "cuda" in at_hand() else "there is no GPU that torch can use"
-    if name == "int8":
-        return None if int8.runs_here() else "this CPU has no AVX-512 VNNI"
-    return None if bf16.runs_here() else "this CPU has no AVX-512 BF16"
+    if name != "bf16" and not int8.runs_here():
+        return "this CPU has no AVX-512 VNNI"
+    return "this CPU has no AVX-512 BF16" if name != "int8" and not bf16.runs_here() else None
 
 
 def fast_network(name: Fast, network: ServingNetwork, ranges: Ranges, device: Device = "cpu") -> Network:
-    """A folded network by a fast backend, which takes and gives tensors on the CPU; `ranges` are int8's."""
+    """A folded network by a fast backend, which takes and gives tensors on the CPU; `ranges` are int8's and mixed's."""
     if device == "cuda":
         backend = GPUBackend(name, network, torch.device(device), torch.bfloat16)
         return lambda context_1C, candidates_NR: backend.logits(context_1C, candidates_NR).cpu()
-    return Int8Network(network, ranges) if name == "int8" else HalfNetwork(network)
+    return HalfNetwork(network) if name == "bf16" else Int8Network(network, ranges, mixed=name == "mixed")
 
 
 def versions(device: Device) -> dict[str, str]:

@@ -19,6 +19,8 @@ from masknet.folding.norms import FoldedConditional, HiddenRMS
 from masknet.folding.packed import PackedLinear
 from masknet.norms.layer import LayerNorm
 
+ContextBias = Callable[[torch.Tensor], torch.Tensor]  # [1, C] → [T]
+Part = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # candidates and bias → hidden units
 MakeFirst = Callable[[ServingNetwork], "ContextApart"]  # of a network whose other layers are replaced already
 
 
@@ -34,8 +36,8 @@ class ContextApart(nn.Module):
 
     def __init__(
         self,
-        context_bias: Callable[[torch.Tensor], torch.Tensor],
-        parts: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
+        context_bias: ContextBias,
+        parts: Sequence[Part],
         sizes: Sequence[int],
         prepare: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:

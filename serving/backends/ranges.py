@@ -1,8 +1,8 @@
-"""Between which bounds the inputs of a network's layers lie, on rows of data.
+"""Between which bounds the inputs of a network's layers are rounded, found on rows of data.
 
-backends/int8-00.safetensors    of member 00: by layer, [2, Z], the least and the largest value of each input column
+backends/int8-00.safetensors    of member 00: by layer, [2, Z], the least and the largest value of each column, or less
 
-Legend: N rows, D width of all embeddings, Z inputs of a layer.
+Legend: N rows, D width of all embeddings, Z inputs and O outputs of a layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,10 +17,29 @@ from features.errors import InputError, one_line
 from masknet.folding import ServingNetwork
 from masknet.folding.blocks import FoldedBlock
 from masknet.folding.network import ParallelBody
+from serving.backends.bounds import best_bounds
 from serving.backends.layers import inner_layers
 
 FIRST = "first"  # what all layers read that read the raw embedding
+KEPT_ROWS = 2048  # of each layer
 Ranges = Mapping[str, torch.Tensor]
+
+
+class _Seen:
+    """Of one layer's input: the bounds of each column on all rows, and every so many-th row."""
+
+    def __init__(self, width: int) -> None:
+        self.range_2Z = torch.tensor([[torch.inf], [-torch.inf]]).expand(2, width)
+        self.kept_NZ = torch.empty(0, width)
+        self._rows, self._every = 0, 1
+
+    def add(self, x_NZ: torch.Tensor) -> None:
+        low_Z, high_Z = torch.minimum(self.range_2Z[0], x_NZ.amin(0)), torch.maximum(self.range_2Z[1], x_NZ.amax(0))
+        self.range_2Z = torch.stack([low_Z, high_Z])
+        self.kept_NZ = torch.cat([self.kept_NZ, x_NZ[-self._rows % self._every :: self._every]])
+        self._rows += len(x_NZ)
+        while len(self.kept_NZ) > KEPT_ROWS:
+            self.kept_NZ, self._every = self.kept_NZ[::2].clone(), 2 * self._every
 
 
 class Observer:
@@ -32,7 +51,7 @@ class Observer:
 
     def __init__(self, network: ServingNetwork) -> None:
         self.network = network
-        self.ranges: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, _Seen] = {}
 
     def __call__(self, context_10: torch.Tensor, emb_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N]."""
@@ -40,6 +59,18 @@ class Observer:
         with self._hooks():
             logit_N: torch.Tensor = self.network(context_10, emb_ND)
         return logit_N
+
+    def ranges(self) -> Ranges:
+        """The bounds of each layer with which its product loses little, see `best_bounds`; it takes a second or two."""
+        layers = dict(inner_layers(self.network))
+        found = {name: self._best(name, layer.weight) for name, layer in layers.items()}
+        if self.network.first is not None:
+            found[FIRST] = self._best(FIRST, self.network.first.whole.weight)
+        return found
+
+    def _best(self, name: str, weight_OZ: torch.Tensor) -> torch.Tensor:
+        seen = self._seen[name]
+        return best_bounds(seen.range_2Z, seen.kept_NZ, weight_OZ)
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -54,10 +85,7 @@ class Observer:
                 handle.remove()
 
     def _note(self, name: str, x_NZ: torch.Tensor) -> None:
-        low_Z, high_Z = x_NZ.amin(0), x_NZ.amax(0)
-        if (known := self.ranges.get(name)) is not None:
-            low_Z, high_Z = torch.minimum(known[0], low_Z), torch.maximum(known[1], high_Z)
-        self.ranges[name] = torch.stack([low_Z, high_Z])
+        self._seen.setdefault(name, _Seen(x_NZ.shape[1])).add(x_NZ)
 
 
 def in_order(ranges: Ranges, network: ServingNetwork) -> dict[str, torch.Tensor]:
@@ -76,7 +104,8 @@ def _readers_of_columns(network: ServingNetwork) -> list[str]:
     body = network.body
     wide = body.blocks if isinstance(body, ParallelBody) else body.blocks[:1]
     linears = [k for k, block in enumerate(wide) if isinstance(block, FoldedBlock) and block.linear is not None]
-    found = [FIRST, *(f"body.blocks.{k}.linear" for k in linears)]
+    found = [FIRST] if network.first is not None else []
+    found += [f"body.blocks.{k}.linear" for k in linears]
     masks_alone = isinstance(body, ParallelBody) and not linears
     return [*found, "body.head.0"] if masks_alone else found
 

@@ -1,7 +1,7 @@
-"""Which fast backends a bundle may be served by: the outcome of checks on rows, and what int8 needs.
+"""Which fast backends a bundle may be served by: the outcome of checks on rows, and what those of bytes need.
 
 backends.json       by kind of device and backend, fastest first, whether it passed, why not, and what it cost
-backends/           the bounds of int8's layers, a file per member
+backends/           the bounds of the layers that read bytes, a file per member, where int8 or mixed has passed
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from features.validation import Frozen, validate
 from serving.backends.ranges import Ranges, load_ranges, save_ranges
 
 BACKENDS_FILE, FOLDER = "backends.json", "backends"
-Fast = Literal["int8", "bf16"]
+Fast = Literal["int8", "mixed", "bf16"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -40,9 +40,14 @@ class Record(Frozen):
 
     split: str = Field(description="whose rows were scored")
     rows: int = Field(description="how many, for the metrics")
-    range_rows: int = Field(description="others of that split, for the bounds of int8's layers")
+    range_rows: int = Field(description="others of that split, for the bounds of layers that read bytes")
     versions: Mapping[str, str] = Field(description="of the libraries, and what torch takes the device to be")
     backends: Mapping[Fast, Verdict] = Field(description="fastest first")
+
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether a backend has passed that has layers in int8."""
+        return any(verdict.passed for name, verdict in self.backends.items() if name in ("int8", "mixed"))
 
 
 class Records(Frozen):
@@ -59,7 +64,7 @@ class Records(Frozen):
 
 @dataclass(frozen=True)
 class Backends:
-    """The record of each device, and the bounds of int8's layers by member, if there are any."""
+    """The record of each device, and the bounds of layers that read bytes by member, where `reads_bytes` says so."""
 
     devices: Mapping[Device, Record]
     ranges: tuple[Ranges, ...] = ()
@@ -84,8 +89,7 @@ class Backends:
             return None
         data = read_json(folder / BACKENDS_FILE, "bundle")
         devices = validate(Records, data, f"bundle {folder / BACKENDS_FILE}").devices
-        verdict = devices["cpu"].backends.get("int8") if "cpu" in devices else None
-        if verdict is None or not verdict.passed:
+        if "cpu" not in devices or not devices["cpu"].reads_bytes:
             return cls(devices)
         return cls(devices, tuple(load_ranges(_file(folder, number)) for number in range(members)))
 

@@ -1,4 +1,4 @@
-"""Backends of a folded network on a CPU, beside ONNX Runtime's and torch's compiler, in turns.
+"""Backends of a folded network on a CPU, beside the network as trained, ONNX Runtime's and torch's compilers, in turns.
 
     python -m tests.benchmarks.backends
 
@@ -10,6 +10,7 @@ Legend: N candidates, C width of the context's embeddings, R of a candidate's.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import warnings
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
+from torch import nn
+from torch._inductor import config as inductor_config
 
 from features.allocator import keep_freed_memory
 from masknet.folding import ServingNetwork, fold
@@ -50,12 +54,17 @@ def rivals(folder: Path, threads: int) -> dict[str, Forward]:
     folded, observer = fold(network, CONTEXT_FIELDS), Observer(fold(network))
     for context_1C, candidates_NR in requests(64, 128, seed=1):
         observer(context_1C[:, :0], torch.cat([context_1C.expand(64, -1), candidates_NR], 1))
+    ranges, half = observer.ranges(), fold(copy.deepcopy(network).bfloat16(), CONTEXT_FIELDS)
     found: dict[str, Forward] = {
         BASELINE: folded,
+        "fp32, as trained": as_trained(network),
         "bf16": HalfNetwork(folded),
-        "int8": Int8Network(folded, observer.ranges),
+        "mixed": Int8Network(folded, ranges, mixed=True),
+        "int8": Int8Network(folded, ranges),
         "fp32, torch.compile": compiled(folded),
-        "bf16, torch.compile": half_compiled(network),
+        "bf16, torch.compile": in_bf16(compiled(half)),
+        "fp32, AOTInductor": packaged(folded, folder / "fp32.pt2", torch.float32),
+        "bf16, AOTInductor": in_bf16(packaged(half, folder / "bf16.pt2", torch.bfloat16)),
     }
     exported, quantized = folder / "fp32.onnx", folder / "int8.onnx"
     export(folded, exported)
@@ -66,24 +75,42 @@ def rivals(folder: Path, threads: int) -> dict[str, Forward]:
     }
 
 
-def compiled(folded: ServingNetwork) -> Forward:
-    """By Inductor with constant weights and any number of rows, as AOTInductor would package it."""
-    import torch._inductor.config as config
+def as_trained(network: nn.Module) -> Forward:
+    """The network before it is folded, which reads a context per candidate."""
 
+    def forward(context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
+        emb_ND = torch.cat([context_1C.expand(len(candidates_NR), -1), candidates_NR], 1)
+        out: torch.Tensor = network(emb_ND.view(-1, F, D_FIELD))
+        return out
+
+    return forward
+
+
+def compiled(folded: ServingNetwork) -> Forward:
+    """By Inductor with constant weights and any number of rows."""
     program = torch.compile(folded, fullgraph=True, dynamic=True)
 
     def forward(context_1C: torch.Tensor, candidates_NR: torch.Tensor) -> torch.Tensor:
-        with config.patch(freezing=True), torch.no_grad():
+        with inductor_config.patch(freezing=True), torch.no_grad():
             out: torch.Tensor = program(context_1C, candidates_NR)
         return out
 
     return forward
 
 
-def half_compiled(network: Any) -> Forward:
-    """`compiled` in bf16."""
-    program = compiled(fold(network.bfloat16(), CONTEXT_FIELDS))
-    network.float()
+def packaged(folded: ServingNetwork, path: Path, dtype: torch.dtype) -> Forward:
+    """`compiled` ahead of time, to a library that is called without Python."""
+    context_1C, candidates_NR = next(requests(64, 1, seed=2))
+    shapes = (None, {0: torch.export.Dim("N", min=2)})  # it takes one row all the same
+    with inductor_config.patch(freezing=True), torch.no_grad(), torch.inference_mode(False):
+        example = (context_1C.to(dtype, copy=True), candidates_NR.to(dtype, copy=True))
+        program = torch.export.export(folded, example, dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def in_bf16(program: Forward) -> Forward:
+    """Of a network in bf16, for inputs and outputs in fp32."""
     return lambda context_1C, candidates_NR: program(context_1C.bfloat16(), candidates_NR.bfloat16()).float()
 
 

@@ -16,7 +16,7 @@ from features.dataset import LABEL, PreparedDataset
 from features.errors import InputError
 from masknet.folding import fold
 from serving.backends import check as check_module
-from serving.backends import choose
+from serving.backends import choose, fast
 from serving.backends.check import check_backends
 from serving.backends.choose import make_backend
 from serving.backends.fast import lacking
@@ -181,17 +181,72 @@ def test_fast_without_a_record(make: Make) -> None:
 def test_fast_where_none_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "lacking", lambda name, device: "this CPU lacks it" if name == "bf16" else None)
     allowed = record_of(int8=Verdict(passed=False, reason="it loses much"), bf16=Verdict(passed=True))
-    with pytest.raises(InputError, match=r"int8: it loses much; bf16: this CPU lacks it\); take backend exact"):
+    with pytest.raises(InputError, match=r"int8: it loses much; mixed: not checked; bf16: this CPU lacks it\); take"):
         choose.chosen("cpu", allowed)
-    with pytest.raises(InputError, match="int8: it loses much; bf16: not checked"):
+    with pytest.raises(InputError, match="int8: it loses much; mixed: not checked; bf16: not checked"):
         choose.chosen("cpu", record_of(int8=Verdict(passed=False, reason="it loses much")))
 
 
-@pytest.mark.parametrize(("passed", "name"), [(True, "int8"), (False, "bf16")])
-def test_the_fastest_that_passed(monkeypatch: pytest.MonkeyPatch, passed: bool, name: str) -> None:
+@pytest.mark.parametrize(
+    ("int8", "mixed", "name"), [(True, True, "int8"), (False, True, "mixed"), (False, False, "bf16")]
+)
+def test_the_fastest_that_passed(monkeypatch: pytest.MonkeyPatch, int8: bool, mixed: bool, name: str) -> None:
     monkeypatch.setattr(choose, "lacking", lambda name, device: None)
-    allowed = record_of(int8=Verdict(passed=passed, reason="r"), bf16=Verdict(passed=True))
+    verdicts = {"bf16": True, "mixed": mixed, "int8": int8}
+    allowed = record_of(**{each: Verdict(passed=passed, reason="r") for each, passed in verdicts.items()})
     assert choose.chosen("cpu", allowed)[0] == name
+
+
+@pytest.mark.parametrize(
+    ("vnni", "bf16", "lacks"),
+    [
+        (True, True, {}),
+        (True, False, {"mixed": "BF16", "bf16": "BF16"}),
+        (False, True, {"int8": "VNNI", "mixed": "VNNI"}),
+        (False, False, {"int8": "VNNI", "mixed": "VNNI", "bf16": "BF16"}),
+    ],
+)
+def test_what_a_cpu_lacks(monkeypatch: pytest.MonkeyPatch, vnni: bool, bf16: bool, lacks: dict[str, str]) -> None:
+    monkeypatch.setattr(fast.int8, "runs_here", lambda: vnni)
+    monkeypatch.setattr(fast.bf16, "runs_here", lambda: bf16)
+    names = fast.FASTEST_FIRST["cpu"]
+    found = {name: lacking(name) for name in names}
+    assert found == {name: f"this CPU has no AVX-512 {lacks[name]}" if name in lacks else None for name in names}
+
+
+@int8
+@bf16
+def test_bounds_are_kept_where_mixed_alone_has_passed(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    allow_all(monkeypatch)
+    bundle = make()
+    measured = check_module._Trial.verdict
+
+    def verdict(trial: Any, name: str, *rest: Any) -> Verdict:
+        found = measured(trial, name, *rest)  # type: ignore[arg-type]
+        return found.model_copy(update={"passed": name in passing, "reason": None if name in passing else "r"})
+
+    monkeypatch.setattr(check_module._Trial, "verdict", verdict)
+    passing = {"mixed"}
+    found = check(bundle.scorer)
+    found.save(tmp_path)
+    loaded = Backends.load(tmp_path, members=1)
+    assert loaded is not None
+    assert loaded.devices == found.devices
+    network = fold(bundle.scorer.models[0].network)
+    backend = make_backend(network, "fast", "cpu", None, loaded)
+    assert (backend.name, backend.bound) == ("mixed", found.devices["cpu"].backends["mixed"].largest_difference)
+    emb_ND = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected_N = fast.fast_network("mixed", network, found.ranges[0])(torch.empty(1, 0), emb_ND)
+    assert torch.equal(backend.logits(torch.empty(1, 0), emb_ND), expected_N)
+    passing = {"bf16"}
+    found = check(bundle.scorer)
+    assert found.ranges == ()
+    (tmp_path / "bf16").mkdir()
+    found.save(tmp_path / "bf16")
+    assert [path.name for path in (tmp_path / "bf16").iterdir()] == ["backends.json"]
 
 
 def test_a_check_on_one_device_says_nothing_of_another(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +348,7 @@ def test_training_checks_its_model(bundle: Bundle, dataset: PreparedDataset) -> 
     assert bundle.backends is not None
     record, valid = bundle.backends.devices["cpu"], dataset.split("valid")
     assert (record.split, record.rows + record.range_rows) == ("valid", valid.num_rows)
-    assert list(record.backends) == ["int8", "bf16"]
+    assert list(record.backends) == ["int8", "mixed", "bf16"]
     for verdict in record.backends.values():
         assert verdict.batch_difference is not None
         assert verdict.batch_difference <= 1e-6
@@ -306,7 +361,7 @@ def test_training_checks_its_model(bundle: Bundle, dataset: PreparedDataset) -> 
     assert again is not None
     assert again.devices["cpu"].rows == 50
     few = "too few rows to tell: 50, and it takes 3,000 at least"
-    assert told == [f"backend {name} on cpu may not serve: {few}" for name in ("int8", "bf16")]
+    assert told == [f"backend {name} on cpu may not serve: {few}" for name in ("int8", "mixed", "bf16")]
 
 
 def test_training_of_days_checks_the_last_one(bundle: Bundle, dataset: PreparedDataset, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Size:
     shrink: int = 1
     candidates: int = 500
     requests: int = 64
-    check_rows: int = 200_000
+    check_rows: int = 400_000
 
 
 FULL: Final = Size()
