@@ -7,10 +7,10 @@ to the pipeline, which says what is wrong.
 Legend: N rows, M items of a field, K ids of a field with those that stand for empty lists.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -99,17 +99,13 @@ class OnlineEncoder:
         self._fixed = Encoded.of(pa.table(pipeline.served_defaults))
         self._sent = frozenset(field.name for field in (*self._texts, *numeric))
         self._columns = self._sent.union(spec.from_ for _, spec in self._dates)
-        self._shared = lru_cache(maxsize=64)(self._shared_by)
+        fixed = frozenset(self._fixed.ids.keys() | self._fixed.values.keys())
+        # Of no method, which would hold this encoder, and all vocabularies, until the collector comes by.
+        self._shared = lru_cache(maxsize=64)(partial(_shared, self._sent, self._dates, self._crosses, fixed))
 
     def shared(self, columns: Iterable[str]) -> frozenset[str]:
         """The fields that all rows share where they share these columns: derived ones if all that they read is."""
         return self._shared(frozenset(columns))
-
-    def _shared_by(self, columns: frozenset[str]) -> frozenset[str]:
-        fields = set(self._sent.intersection(columns))
-        fields |= {field.name for field, spec in self._dates if spec.from_ in columns}
-        crossed = {field.name for field, spec in self._crosses if fields.issuperset(spec.of)}
-        return frozenset(fields | crossed | self._fixed.ids.keys() | self._fixed.values.keys())
 
     def encode(self, columns: Mapping[str, Column]) -> Encoded | None:
         """Ids and values of columns of N rows or one; None where it takes the pipeline to do it, or to refuse it.
@@ -159,6 +155,20 @@ class OnlineEncoder:
                 assert isinstance(encoder, Identity)
                 ids[fields[place].name] = Ids(encoder.of(number_M))
         return ids, {fields[place].name: texts.part(place) for place in self._parted}
+
+
+def _shared(
+    sent: frozenset[str],
+    dates: Sequence[tuple[FittedField, DateField]],
+    crosses: Sequence[tuple[FittedField, CrossField]],
+    fixed: frozenset[str],
+    columns: frozenset[str],
+) -> frozenset[str]:
+    """See `OnlineEncoder.shared`; `fixed` are the fields that no request decides."""
+    fields = set(sent.intersection(columns))
+    fields |= {field.name for field, spec in dates if spec.from_ in columns}
+    crossed = {field.name for field, spec in crosses if fields.issuperset(spec.of)}
+    return frozenset(fields | crossed | fixed)
 
 
 def _ids(ids_M: npt.NDArray[np.integer], lengths_N: LengthsN | None) -> Ids:

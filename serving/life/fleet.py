@@ -17,6 +17,7 @@ from serving.ranking.engine import RankingEngine
 from serving.settings import ServeSettings
 from serving.trace import Role, Trace
 
+_LAST_SECONDS = 5.0  # for a version that is being loaded when the service ends
 _log = logging.getLogger("bentoml.masknet")
 
 
@@ -90,6 +91,8 @@ class Fleet:
         self._stopped.set()
         if self._shadow:
             self._shadow.stop()
+        if self._thread:
+            self._thread.join(_LAST_SECONDS)  # torch aborts a process that ends while a thread is inside of it
 
     def choose(self, context: Mapping[str, Any]) -> tuple[RankingEngine, Role]:
         """The engine that ranks for this user."""

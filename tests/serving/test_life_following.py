@@ -477,15 +477,15 @@ def test_old_versions_are_let_go_without_the_collector(registry: Registry, opene
     registry.add("2", make("two", 2).path)
     registry.aliases["champion"] = "1"
     followed = follow(opener)
-    engines = list[weakref.ref[RankingEngine]]()
+    parts = list[weakref.ref[Any]]()
     gc.collect()
     gc.disable()
     try:
         for number in range(20):
-            engines.append(weakref.ref(followed.engine))
+            parts += map(weakref.ref, (followed.engine, followed.engine.bundle.scorer, followed.engine.bundle.pipeline))
             registry.aliases["champion"] = str(2 - number % 2)
             assert followed.look()
-        alive = [number for number, engine in enumerate(engines) if engine() is not None]
+        alive = [part() for part in parts if part() is not None]
     finally:
         gc.enable()
     assert alive == []
