@@ -121,7 +121,7 @@ def test_commands_are_understood() -> None:
 def test_commands_run_in_order(home: Path) -> None:
     for command in COMMANDS[: COMMANDS.index(SERVE)]:
         process = start(home, command)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == 0, f"{command}\n{error}"
     assert (home / "runs" / "report" / "report.html").is_file()
 
@@ -156,7 +156,7 @@ def swap_and_roll_back(home: Path, port: str, before: str) -> None:
     versions = [before]
     for promote, look in zip(SWAP[::2], SWAP[1::2], strict=True):
         done = start(home, promote)
-        _, error = done.communicate(timeout=120)
+        _, error = done.communicate(timeout=300)
         assert done.returncode == 0, f"{promote}\n{error}"
         words = shlex.split(look.replace("3000", port))
         assert words[:2] == ["curl", "-s"]
