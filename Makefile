@@ -13,7 +13,7 @@ help:
 	@echo "make demo       set up, then the whole way on MovieLens-100k: prepare, train, evaluate, promote, serve"
 	@echo "make serve      set up, then leave the demo's champion running on port 3000"
 	@echo "make test       set up, then run the tests, those marked long left out"
-	@echo "make test-long  set up, then run the tests marked long, under 45 minutes"
+	@echo "make test-long  set up, then run the tests marked long, about 50 minutes"
 	@echo "make check      set up, then formatting, lint and types"
 	@echo "make audit      set up, then look the locked versions up among known vulnerabilities"
 	@echo "make lock       rewrite requirements/*.txt from pyproject.toml"
