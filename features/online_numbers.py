@@ -72,16 +72,14 @@ class Numbers:
         counts = [len(values) for values in given]
         ends = list(accumulate(counts))
         spans = {name: slice(end - count, end) for name, end, count in zip(self._names, ends, counts, strict=True)}
-        found: dict[str, ValueN] = {}
-        start = 0
+        value_M = np.empty(sum(counts[: len(self._values)]), np.float32)
         for rule, fields, shift_F, scale_F in self._alike:
-            count, end = counts[fields], ends[fields.stop - 1]
-            value_m = scaled(rule, number_M[start:end], np.repeat(shift_F, count), np.repeat(scale_F, count))
-            if gaps:
-                value_m[missing_M[start:end]] = np.nan
-            for name in self._values[fields]:
-                found[name] = value_m[spans[name].start - start : spans[name].stop - start]
-            start = end
+            count = counts[fields]
+            own = slice(ends[fields.start] - count[0], ends[fields.stop - 1])
+            value_M[own] = scaled(rule, number_M[own], np.repeat(shift_F, count), np.repeat(scale_F, count))
+        if gaps:
+            value_M[missing_M[: len(value_M)]] = np.nan
+        found = {name: value_M[spans[name]] for name in self._values}
         ids = {name: encoder.of(number_M[spans[name]], missing_M[spans[name]]) for name, encoder in self._ids}
         return found, ids
 

@@ -44,13 +44,18 @@ def make_backend(
             return CPUBackend("fp32", network, threads)
     elif kind == "exact":
         return GPUBackend("fp32", network, device, torch.float32)
-    on: Device = "cpu" if device.type == "cpu" else "cuda"
+    on = kind_of(device)
     name, verdict = chosen(on, allowed)
     bound = verdict.largest_difference or 0.0
     if on == "cuda":
         return GPUBackend(name, network, device, torch.bfloat16, bound)
     ranges = allowed.ranges[member] if allowed is not None and allowed.ranges else {}
     return CPUBackend(name, fast_network(name, network, ranges), threads, bound)
+
+
+def kind_of(device: torch.device | str) -> Device:
+    """Which of the kinds that are checked a device is."""
+    return "cpu" if torch.device(device).type == "cpu" else "cuda"
 
 
 def chosen(device: Device, allowed: Backends | None) -> tuple[Fast, Verdict]:

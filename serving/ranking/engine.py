@@ -23,7 +23,7 @@ from features.columns import Rows
 from features.schema import Schema
 from masknet.folding import ServingNetwork
 from serving.backends.base import Backend, Kind
-from serving.backends.choose import chosen, make_backend
+from serving.backends.choose import chosen, kind_of, make_backend
 from serving.bundle import Bundle, load_bundle
 from serving.calibration import ScoreN
 from serving.ranking.asked import Asked, Encoding, parts_of
@@ -73,7 +73,7 @@ class RankingEngine:
         self.bundle, self.version, self.threads, self.device = bundle, version, threads, device
         self._lock = threading.Lock()  # a backend takes one call at a time; encoding goes on meanwhile
         self._shift = math.log(bundle.scorer.sampling_rate)
-        self._verdict = chosen("cpu" if device == "cpu" else "cuda", bundle.backends)[1] if backend == "fast" else None
+        self._verdict = chosen(kind_of(device), bundle.backends)[1] if backend == "fast" else None
         self._use_threads()
         self.encoding = Encoding(bundle.schema, bundle.pipeline, bundle.scorer.id_maps)
         self.members = [
