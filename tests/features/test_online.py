@@ -22,7 +22,11 @@ from features.encoders import (
     Scale,
     Vocabulary,
 )
+from features.fields import CategoricalField
+from features.hashing import hash_text
 from features.online import Encoded, OnlineEncoder
+from features.online_columns import UnusualError
+from features.online_text import Texts
 from features.pipeline import FeaturePipeline
 from features.schema import Schema
 
@@ -232,3 +236,15 @@ def test_fields_without_text() -> None:
     assert found is not None
     assert found.ids["age"].ids_K.tolist() == [3, 0]
     assert found.values["price"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("bad", [b"a\0b", b"\xff"])
+def test_short_text_of_arrow_is_hashed_as_it_is_only_where_it_is_sound(bad: bytes) -> None:
+    """Nothing else in these values needs the careful way."""
+    spec = CategoricalField(name="voc", type="categorical")
+    column = pa.array([b"ann", None, b"bob"]).view(pa.string())
+    texts = Texts([column], [spec], ["vocabulary"])
+    assert texts.hash_M.tolist() == hash_text(column).tolist()
+    assert texts.missing_M.tolist() == [False, True, False]
+    with pytest.raises(UnusualError):
+        Texts([pa.array([b"ann", bad]).view(pa.string())], [spec], ["vocabulary"])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from masknet.folding import fold
+from masknet.folding import ServingNetwork, fold
+from masknet.folding.blocks import Hidden
 from masknet.networks import Network
 from masknet.norms import NORMS
 from serving.backends import ranges as ranges_module
@@ -19,6 +20,7 @@ from serving.backends.bounds import best_bounds, product_error
 from serving.backends.fast import fast_network, lacking
 from serving.backends.grid import Grid
 from serving.backends.int8 import Int8Network
+from serving.backends.layers import ContextApart, with_layers
 from serving.backends.quantized import QuantizedLinear
 from serving.backends.ranges import Observer, Ranges, load_ranges, save_ranges
 from serving.backends.record import Fast
@@ -259,3 +261,17 @@ def test_bounds_of_all_layers_survive_a_file(tmp_path: Path) -> None:
     save_ranges(path, found)
     loaded = load_ranges(path)
     assert all(torch.equal(loaded[name], range_2Z) for name, range_2Z in found.items())
+
+
+def test_embeddings_are_normalized_to_the_same_bits_in_every_batch() -> None:
+    """In fp32 the way depends on the number of rows; what is rounded to bytes afterwards would differ by a step."""
+    network = with_layers(fold(network_of({"kind": "parallel", "mask": False})), lambda _, layer: layer, _no_first)
+    emb_ND = embeddings(500, seed=3).flatten(1)
+    with torch.inference_mode():
+        whole_ND = network.candidate_norm(emb_ND, Hidden())
+        for rows in (1, 7, 50):
+            assert torch.equal(network.candidate_norm(emb_ND[:rows], Hidden()), whole_ND[:rows])
+
+
+def _no_first(network: ServingNetwork) -> ContextApart:
+    raise AssertionError("without masks nothing reads the raw embedding")
